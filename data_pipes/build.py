@@ -1,0 +1,367 @@
+"""A folder of 3D files to raw shards: `shapeloom data build`.
+
+Every file is read, sampled and rendered in a worker process; one that cannot be is quarantined in `rejected.jsonl`
+and the rest goes on. The bytes written depend on the files, the captions and `BuildSettings`, not on the number of
+workers nor on where a run was interrupted.
+
+The output folder holds, beside the shards and their manifest (shards.py), `rejected.jsonl` (file, reason, hint),
+`attribution.csv` (who made what, under which licence) and `parts/`, one small JSON per shard from which the former
+two are put together and by which an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import UserError
+from ..files import read_json, sha256_json, write_atomic, write_json
+from ..progress import Bar
+from .captions import AssetText, caption_from_name, read_captions
+from .limits import Limits, Rejected
+from .read import SUFFIXES, read_mesh
+from .render import random_rig, render
+from .sampling import Solid, sample_field, sample_surface
+from .shards import (
+    RAW_FORMAT,
+    ShardInfo,
+    ShardWriter,
+    begin_folder,
+    encode_raw_sample,
+    finished_shard,
+    split_of,
+    write_manifest,
+)
+from .workers import Failed, isolated_map
+
+__all__ = ["BuildReport", "BuildSettings", "Guard", "build"]
+
+RECIPE = 1  # counted up when the same settings give other bytes
+
+
+class BuildSettings(BaseModel):
+    """What is made of each 3D file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n_surface: int = Field(16384, ge=1, description="points on the surface")
+    n_near: int = Field(8192, ge=0, description="signed distances near the surface")
+    n_uniform: int = Field(8192, ge=0, description="signed distances everywhere")
+    n_views: int = Field(8, ge=0, le=100, description="rendered views; the first half frontal")
+    image_size: int = Field(128, ge=1, le=4096, description="width and height of a view in pixels")
+    samples_per_axis: int = Field(2, ge=1, le=16, description="rays per pixel along each axis")
+    lit: bool = Field(True, description="store shaded views beside the unlit ones")
+    seed: int = Field(0, ge=0, description="of points and cameras")
+    shard_size: int = Field(64, ge=1, description="files per shard, rejected ones included")
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What one file may take before it is given up."""
+
+    timeout_s: float = 60.0
+    memory_bytes: int = 4 << 30
+    limits: Limits = Limits()
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What came of a build; `rejected` is a list of {file, reason, hint}."""
+
+    files: int
+    samples: int
+    splits: dict[str, int]
+    captions_from_names: int
+    warnings: int
+    rejected: list[dict[str, str]]
+    kept_shards: int
+    seconds: float
+    assets_per_second_per_worker: float | None = field(compare=False)
+
+    def rejected_by_reason(self) -> dict[str, int]:
+        """Reasons with their counts, most frequent first; numbers and names in them are left out."""
+        general = (re.sub(r"'[^']*'|\"[^\"]*\"|\(.*\)|[\d.,]*\d", "…", entry["reason"]) for entry in self.rejected)
+        return dict(Counter(general).most_common())
+
+
+@dataclass(frozen=True)
+class _Job:
+    path: str
+    root: str
+    file: str
+    uid: str
+    text: AssetText
+    settings: BuildSettings
+    limits: Limits
+
+
+@dataclass(frozen=True)
+class _Built:
+    members: dict[str, bytes]
+    sha256: str
+    warnings: int
+
+
+def build(
+    folder: str | Path,
+    out: str | Path,
+    captions: str | Path | None = None,
+    settings: BuildSettings = BuildSettings(),
+    workers: int = 1,
+    *,
+    limit: int | None = None,
+    guard: Guard = Guard(),
+) -> BuildReport:
+    """Make raw shards of all 3D files under a folder. Run again after an interruption, it goes on where it was.
+
+    Args:
+        captions: a captions file (see captions.py); without one, or for files that it leaves out, captions are made
+            of file names.
+        workers: processes, one thread each.
+        limit: only so many files, chosen at random by `settings.seed`.
+    Raises: UserError for a missing or empty folder, a wrong captions file, an output folder that holds something
+        else, or when not one file could be used.
+    """
+    folder, out = Path(folder), Path(out)
+    if workers < 1 or (limit is not None and limit < 1):
+        raise UserError("workers and limit must be at least 1")
+    files = _find(folder, out)
+    texts = read_captions(captions, files) if captions is not None else {}
+    uids = _uids(files)
+    if limit is not None and limit < len(files):
+        chosen = np.random.default_rng(settings.seed).permutation(len(files))[:limit]
+        files = [files[i] for i in sorted(chosen)]
+    begin_folder(out, format=RAW_FORMAT, settings=_identity(folder, files, texts, settings))
+    jobs = [
+        _Job(str(folder / file), str(folder), file, uids[file], texts.get(file, AssetText()), settings, guard.limits)
+        for file in files
+    ]
+    chunks = [jobs[start : start + settings.shard_size] for start in range(0, len(jobs), settings.shard_size)]
+    parts, kept, seconds = _make_shards(out, chunks, workers, guard)
+    report = _report(parts, kept, seconds, workers)
+    _write_summary(out, parts, report, _identity(folder, files, texts, settings))
+    if not report.samples:
+        first = report.rejected[0]
+        raise UserError(
+            f"none of the {len(files)} files in {folder} could be used, the first, {first['file']}, because "
+            f"{first['reason']}; {out / 'rejected.jsonl'} lists them all"
+        )
+    return report
+
+
+def _find(folder: Path, out: Path) -> list[str]:
+    """3D files under `folder`, relative with "/", sorted; hidden ones and those in `out` left out."""
+    if not folder.exists():
+        raise UserError(f"the folder {folder} does not exist")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file, not a folder of 3D files: give the folder that it is in")
+    out = out.resolve()
+    files = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and (Path(place) / name).resolve() != out]
+        files += [
+            (Path(place) / name).relative_to(folder).as_posix()
+            for name in names
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES)
+        ]
+    if not files:
+        raise UserError(f"the folder {folder} has no 3D files: put {', '.join(SUFFIXES)} files into it")
+    return sorted(files)
+
+
+def _uids(files: list[str]) -> dict[str, str]:
+    """A WebDataset key for each file: its path without suffix, plus a hash where that is not unique or too long."""
+    plain = {file: re.sub(r"[^A-Za-z0-9_-]", "_", file.rpartition(".")[0].replace("/", "__")) for file in files}
+    count = Counter(plain.values())
+    return {
+        file: uid if count[uid] == 1 and len(uid) <= 150 else f"{uid[:150]}-{hashlib.sha256(file.encode()).hexdigest()[:8]}"
+        for file, uid in plain.items()
+    }
+
+
+def _identity(folder: Path, files: list[str], texts: dict[str, AssetText], settings: BuildSettings) -> dict[str, Any]:
+    """Everything the bytes depend on; files by name and size, since hashing them all would read them twice."""
+    listing = [(file, (folder / file).stat().st_size, asdict(texts.get(file, AssetText()))) for file in files]
+    return {
+        "maker": "data build",
+        "recipe": RECIPE,
+        **settings.model_dump(),
+        "dataset": f"{len(files)} files {sha256_json(listing)[:16]}",
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- one file
+
+
+def _build_asset(job: _Job) -> _Built | Rejected:
+    """Runs in a worker."""
+    warnings: list[str] = []
+    try:
+        mesh = read_mesh(job.path, job.limits, root=job.root, warnings=warnings)
+    except Rejected as rejected:
+        return rejected
+    mesh, transform = mesh.normalised()
+    settings = job.settings
+    rng = np.random.Generator(np.random.Philox(key=_key(settings.seed, job.uid)))
+    solid = Solid(mesh)
+    views = cameras = None
+    if settings.n_views:
+        cameras = random_rig(rng, settings.n_views, settings.image_size)
+        views = render(mesh, cameras, samples_per_axis=settings.samples_per_axis)
+        views = views if settings.lit else replace(views, lit=views.lit[:0])
+    sha256 = hashlib.sha256(Path(job.path).read_bytes()).hexdigest()
+    members = encode_raw_sample(
+        job.uid,
+        captions=list(job.text.captions) or [caption_from_name(job.file)],
+        category=job.text.category,
+        source=job.text.source or job.file,
+        licence=job.text.licence,
+        author=job.text.author,
+        sha256=sha256,
+        transform=transform,
+        split=split_of(job.uid),
+        surface=sample_surface(solid, settings.n_surface, rng),
+        field=sample_field(solid, settings.n_near, settings.n_uniform, rng),
+        views=views,
+        cameras=cameras,
+        extra={
+            "file": job.file,
+            "caption_from_name": not job.text.captions,
+            "mesh": {
+                "vertices": len(mesh.vertices),
+                "faces": len(mesh.faces),
+                "materials": len(mesh.materials),
+                "hidden_share": round(solid.hidden_share, 4),
+                "sheet_share": round(solid.sheet_share, 4),
+            },
+            "warnings": warnings,
+        },
+    )
+    return _Built(members, sha256, len(warnings))
+
+
+def _key(seed: int, uid: str) -> int:
+    """A 128-bit key that two samples share only if they share seed and uid."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{uid}".encode()).digest()[:16], "big")
+
+
+# --------------------------------------------------------------------------------------------------- all the files
+
+
+def _make_shards(
+    out: Path, chunks: list[list[_Job]], workers: int, guard: Guard
+) -> tuple[list[dict[str, Any]], int, float]:
+    """Write the shards that are not there yet. Returns all parts, how many were there, and the seconds it took."""
+    parts = {k: part for k in range(len(chunks)) if (part := _finished_part(out, k)) is not None}
+    kept = len(parts)
+    todo = [k for k in range(len(chunks)) if k not in parts]
+    jobs = [job for k in todo for job in chunks[k]]
+    started = time.monotonic()
+    results = isolated_map(
+        _build_asset, jobs, workers=workers, timeout_s=guard.timeout_s, memory_bytes=guard.memory_bytes
+    )
+    total = sum(len(chunk) for chunk in chunks)
+    with Bar(total, "building", start=total - len(jobs)) as bar:
+        for k in todo:
+            parts[k] = _make_shard(out, k, chunks[k], results, bar)
+    return [parts[k] for k in sorted(parts)], kept, time.monotonic() - started
+
+
+def _make_shard(
+    out: Path, k: int, chunk: list[_Job], results: Iterator[_Built | Rejected | Failed], bar: Bar
+) -> dict[str, Any]:
+    """Write shard k and its part; a shard without samples is not written."""
+    part: dict[str, Any] = {"samples": [], "rejected": [], "shard": None}
+    with ShardWriter(_shard_path(out, k)) as writer:
+        for job in chunk:
+            result = next(results)
+            if isinstance(result, _Built):
+                writer.write(job.uid, result.members, split_of(job.uid))
+                part["samples"].append(_row(job, result))
+            else:
+                hint = result.hint if isinstance(result, Rejected) else "open it in a 3D editor and export it again"
+                part["rejected"].append({"file": job.file, "reason": result.reason, "hint": hint})
+            bar.update(1)
+        # Before the shard is renamed into place: a finished shard always has its part.
+        write_json(_part_path(out, k), part)
+    return part | {"shard": writer.info}
+
+
+def _row(job: _Job, built: _Built) -> dict[str, Any]:
+    return {
+        "uid": job.uid,
+        "file": job.file,
+        "source": job.text.source,
+        "licence": job.text.licence,
+        "author": job.text.author,
+        "sha256": built.sha256,
+        "captions_from_name": not job.text.captions,
+        "warnings": built.warnings,
+    }
+
+
+def _shard_path(out: Path, k: int) -> Path:
+    return out / f"shard-{k:05d}.tar"
+
+
+def _part_path(out: Path, k: int) -> Path:
+    return out / "parts" / f"shard-{k:05d}.json"
+
+
+def _finished_part(out: Path, k: int) -> dict[str, Any] | None:
+    info = finished_shard(_shard_path(out, k))
+    if info is None:
+        return None
+    try:
+        part = read_json(_part_path(out, k), "the record of a shard")
+    except UserError:
+        return None
+    return part | {"shard": info} if isinstance(part, dict) and len(part.get("samples", [])) == info.samples else None
+
+
+def _report(parts: list[dict[str, Any]], kept: int, seconds: float, workers: int) -> BuildReport:
+    rows = [row for part in parts for row in part["samples"]]
+    rejected = [entry for part in parts for entry in part["rejected"]]
+    made = sum(len(part["samples"]) + len(part["rejected"]) for part in parts[kept:])
+    return BuildReport(
+        files=len(rows) + len(rejected),
+        samples=len(rows),
+        splits=dict(Counter(split_of(row["uid"]) for row in rows)),
+        captions_from_names=sum(row["captions_from_name"] for row in rows),
+        warnings=sum(row["warnings"] > 0 for row in rows),
+        rejected=rejected,
+        kept_shards=kept,
+        seconds=seconds,
+        assets_per_second_per_worker=made / seconds / workers if made and seconds > 0 else None,
+    )
+
+
+def _write_summary(out: Path, parts: list[dict[str, Any]], report: BuildReport, identity: dict[str, Any]) -> None:
+    """rejected.jsonl, attribution.csv, and last the manifest that makes the folder complete."""
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in report.rejected]
+    write_atomic(out / "rejected.jsonl", "".join(lines))
+    table = io.StringIO()
+    columns = ["uid", "file", "source", "licence", "author", "sha256"]
+    writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row for part in parts for row in part["samples"])
+    write_atomic(out / "attribution.csv", table.getvalue())
+    shards: list[ShardInfo] = [part["shard"] for part in parts if part["samples"]]
+    counts = {"samples": report.samples, **report.splits, "rejected": len(report.rejected)}
+    extra = {"captions_from_names": report.captions_from_names}
+    write_manifest(
+        out, format=RAW_FORMAT, settings=identity, shards=shards, counts=counts, extra=extra, complete=bool(report.samples)
+    )

@@ -1,0 +1,94 @@
+"""What a 3D file from outside may take, and how it is refused."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError
+
+__all__ = ["Limits", "Rejected", "Sidecars", "decode_image"]
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TGA", "GIF", "TIFF")
+
+
+class Rejected(UserError):
+    """A 3D file that is left out, with one sentence saying why and one saying what would help."""
+
+    def __init__(self, reason: str, hint: str = "open it in a 3D editor and export it again") -> None:
+        super().__init__(f"{reason}: {hint}")
+        self.reason, self.hint = reason, hint
+
+    def __reduce__(self) -> tuple:
+        return Rejected, (self.reason, self.hint)  # the default would call it with the joined message alone
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one 3D file may hold; generous for single objects, small enough for one worker's memory.
+
+    Args:
+        file_bytes: of the file, and of all files it names together.
+        vertices, faces: after every instance in the scene is placed.
+        texture_pixels: of all its textures together.
+        nodes: of its scene graph.
+    """
+
+    file_bytes: int = 256 << 20
+    vertices: int = 4_000_000
+    faces: int = 4_000_000
+    texture_pixels: int = 1 << 26
+    nodes: int = 100_000
+
+    def check(self, what: str, found: int, allowed: int) -> None:
+        """Raise Rejected if there is too much of something."""
+        if found > allowed:
+            raise Rejected(f"it has {found:,} {what}, more than the {allowed:,} allowed", "simplify it or leave it out")
+
+
+class Sidecars:
+    """Read access to the files that a 3D file names: only inside `root`, never the network, with a limit on bytes."""
+
+    def __init__(self, path: Path, root: Path | None, limits: Limits) -> None:
+        self.folder = path.parent.resolve()
+        self.root = (root or path.parent).resolve()
+        self._left = limits.file_bytes
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file named relative to the 3D file.
+
+        Raises: FileNotFoundError if there is none; Rejected if it lies outside or is too large.
+        """
+        tried = [self._inside(name), self._inside(unquote(name).replace("\\", "/"))]
+        found = next((path for path in tried if path.is_file()), None)
+        if found is None:
+            raise FileNotFoundError(name)
+        self._left -= found.stat().st_size
+        if self._left < 0:
+            raise Rejected("the files it names are too large together", "leave it out")
+        return found.read_bytes()
+
+    def _inside(self, name: str) -> Path:
+        path = (self.folder / name).resolve()
+        if "\0" in name or not path.is_relative_to(self.root):
+            raise Rejected(
+                f"it names a file outside its folder ({name[:80]!r})", "put textures and buffers beside the 3D file"
+            )
+        return path
+
+
+def decode_image(data: bytes, pixels_left: int) -> np.ndarray:
+    """A picture as uint8 [H, W, 4].
+
+    Raises: Rejected if it has more than `pixels_left` pixels (found before decoding); OSError or ValueError if it is
+    not a picture that can be read.
+    """
+    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+        if image.width * image.height > pixels_left:
+            raise Rejected(f"its textures are too large ({image.width} x {image.height})", "make the textures smaller")
+        return np.asarray(image.convert("RGBA"))

@@ -1,0 +1,321 @@
+"""Coloured triangle meshes: what every 3D file becomes, and what is sampled and rendered.
+
+Frame: glTF's, right-handed, +Y up, an object's front looks along +Z.
+Texture coordinates: glTF's, (0, 0) is the upper left corner of the image and v grows downwards; textures repeat.
+Colour: base colours and corner colours are kept in linear light, textures in sRGB. They are multiplied, filtered and
+averaged in linear light; only results are encoded to sRGB.
+Shapes: V vertices, F faces, N queried points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+__all__ = ["Material", "Mesh", "linear_to_srgb", "merge", "srgb_to_linear"]
+
+AlphaMode = Literal["OPAQUE", "MASK", "BLEND"]
+NORMALISED_SIDE = 1.8
+
+
+def srgb_to_linear(srgb: np.ndarray) -> np.ndarray:
+    """sRGB in [0, 1] (or uint8) to linear light, float32 (IEC 61966-2-1)."""
+    if srgb.dtype == np.uint8:
+        return _LINEAR_OF_BYTE[srgb]
+    srgb = np.clip(srgb, 0, 1).astype(np.float32, copy=False)
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4).astype(np.float32, copy=False)
+
+
+def linear_to_srgb(linear: np.ndarray) -> np.ndarray:
+    """Linear light to sRGB in [0, 1], float32; values outside [0, 1] are clipped."""
+    linear = np.clip(linear, 0, 1).astype(np.float32, copy=False)
+    return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055).astype(
+        np.float32, copy=False
+    )
+
+
+_LINEAR_OF_BYTE = srgb_to_linear(np.arange(256, dtype=np.float32) / 255)
+
+
+@dataclass(frozen=True)
+class Material:
+    """How a face is coloured; glTF's metallic-roughness base colour and nothing else.
+
+    Args:
+        base_color_linear: (4,) float32 RGBA in linear light, multiplies texture and corner colours.
+        texture: uint8 [H, W, 4], sRGB with straight linear alpha, or None.
+        alpha_mode: "OPAQUE" ignores alpha; "MASK" keeps what reaches `alpha_cutoff`; "BLEND" is see-through.
+    """
+
+    base_color_linear: np.ndarray
+    texture: np.ndarray | None = None
+    alpha_mode: AlphaMode = "OPAQUE"
+    alpha_cutoff: float = 0.5
+
+    def __post_init__(self) -> None:
+        color_4 = np.asarray(self.base_color_linear, np.float32)
+        if color_4.shape != (4,) or not np.isfinite(color_4).all():
+            raise ValueError(f"base_color_linear must be 4 finite numbers, got {self.base_color_linear!r}")
+        object.__setattr__(self, "base_color_linear", np.clip(color_4, 0, 1))
+        if self.alpha_mode not in ("OPAQUE", "MASK", "BLEND"):
+            raise ValueError(f"alpha_mode must be OPAQUE, MASK or BLEND, got {self.alpha_mode!r}")
+        texture = self.texture
+        if texture is not None and (texture.dtype != np.uint8 or texture.ndim != 3 or texture.shape[2] != 4):
+            raise ValueError(f"texture must be uint8 [H, W, 4], got {texture.dtype} {list(texture.shape)}")
+        if texture is not None and texture.size == 0:
+            raise ValueError("texture must have at least one pixel")
+
+
+WHITE = Material(np.ones(4))
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Triangles with materials; corner attributes are per face, so seams need no split vertices.
+
+    Args:
+        vertices: float32 [V, 3], finite.
+        faces: int32 [F, 3], indices into `vertices`; counter-clockwise seen from outside.
+        face_material: int32 [F], indices into `materials`.
+        corner_uv: float32 [F, 3, 2] or None.
+        corner_rgba: float32 [F, 3, 4] in linear light or None.
+    Raises: ValueError for wrong shapes, indices out of range or vertices that are not finite.
+    """
+
+    vertices: np.ndarray
+    faces: np.ndarray
+    face_material: np.ndarray
+    materials: tuple[Material, ...]
+    corner_uv: np.ndarray | None = None
+    corner_rgba: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        n_faces = len(self.faces)
+        self._set("vertices", np.float32, (len(self.vertices), 3))
+        self._set("faces", np.int32, (n_faces, 3))
+        self._set("face_material", np.int32, (n_faces,))
+        self._set("corner_uv", np.float32, (n_faces, 3, 2))
+        self._set("corner_rgba", np.float32, (n_faces, 3, 4))
+        if not np.isfinite(self.vertices).all():
+            raise ValueError("vertices must be finite")
+        for indices, limit, name in (
+            (self.faces, len(self.vertices), "faces"),
+            (self.face_material, len(self.materials), "face_material"),
+        ):
+            if indices.size and not (0 <= indices.min() and indices.max() < limit):
+                raise ValueError(f"{name} must lie in [0, {limit}), got [{indices.min()}, {indices.max()}]")
+
+    def _set(self, name: str, dtype: type, shape: tuple[int, ...]) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        array = np.ascontiguousarray(value, dtype)
+        if array.shape != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(array.shape)}")
+        object.__setattr__(self, name, array)
+
+    @classmethod
+    def from_vertex_colors(cls, vertices: np.ndarray, faces: np.ndarray, rgb_V3: np.ndarray) -> Mesh:
+        """Colours at vertices, sRGB as floats in [0, 1] or uint8, interpolated in linear light."""
+        return cls._from_corner_rgb(vertices, faces, srgb_to_linear(np.asarray(rgb_V3))[np.asarray(faces)])
+
+    @classmethod
+    def from_face_colors(cls, vertices: np.ndarray, faces: np.ndarray, rgb_F3: np.ndarray) -> Mesh:
+        """One colour per face, sRGB as floats in [0, 1] or uint8."""
+        rgb_F3 = srgb_to_linear(np.asarray(rgb_F3))
+        return cls._from_corner_rgb(vertices, faces, np.repeat(rgb_F3[:, None], 3, axis=1))
+
+    @classmethod
+    def _from_corner_rgb(cls, vertices: np.ndarray, faces: np.ndarray, rgb_F33: np.ndarray) -> Mesh:
+        rgba_F34 = np.concatenate([rgb_F33, np.ones((*rgb_F33.shape[:2], 1), np.float32)], axis=2)
+        return cls(vertices, faces, np.zeros(len(faces), np.int32), (WHITE,), corner_rgba=rgba_F34)
+
+    @cached_property
+    def triangles(self) -> np.ndarray:
+        """[F, 3, 3] float32 corner positions."""
+        return self.vertices[self.faces]
+
+    @cached_property
+    def _cross_F3(self) -> np.ndarray:
+        a, b, c = np.moveaxis(self.triangles.astype(np.float64), 1, 0)
+        return np.cross(b - a, c - a)
+
+    @cached_property
+    def face_areas(self) -> np.ndarray:
+        """[F] float64."""
+        return np.linalg.norm(self._cross_F3, axis=1) / 2
+
+    @cached_property
+    def face_normals(self) -> np.ndarray:
+        """[F, 3] float32 unit geometric normals; zero for faces without area."""
+        length_F1 = np.linalg.norm(self._cross_F3, axis=1, keepdims=True)
+        return np.divide(self._cross_F3, length_F1, out=np.zeros_like(self._cross_F3), where=length_F1 > 0).astype(
+            np.float32
+        )
+
+    @cached_property
+    def opaque(self) -> bool:
+        """Nothing can be seen through any face."""
+        return all(material.alpha_mode == "OPAQUE" for material in self.materials)
+
+    def albedo(self, face_N: np.ndarray, barycentric_N3: np.ndarray) -> np.ndarray:
+        """Surface colour at points of faces, unlit.
+
+        Args:
+            face_N: indices of faces.
+            barycentric_N3: weights of the three corners, summing to 1.
+        Returns: float32 [N, 4], sRGB with straight alpha (0 or 1 for OPAQUE and MASK), in [0, 1].
+        """
+        rgba_N4 = self.albedo_linear(face_N, barycentric_N3)
+        rgba_N4[:, :3] = linear_to_srgb(rgba_N4[:, :3])
+        return rgba_N4
+
+    def albedo_linear(self, face_N: np.ndarray, barycentric_N3: np.ndarray) -> np.ndarray:
+        """As `albedo`, in linear light."""
+        material_N = self.face_material.take(face_N)
+        rgba_N4 = self._palette.base_M4.take(material_N, axis=0)
+        if self.corner_uv is not None and self._palette.textured:
+            rgba_N4 *= self._palette.sample(material_N, _interpolate(self.corner_uv, face_N, barycentric_N3))
+        if self.corner_rgba is not None:
+            rgba_N4 *= _interpolate(self.corner_rgba, face_N, barycentric_N3)
+        if self.opaque:
+            rgba_N4[:, 3] = 1
+        else:
+            cutoff_N = self._palette.cutoff_M[material_N]
+            solid_N = (rgba_N4[:, 3] >= cutoff_N).astype(np.float32)
+            rgba_N4[:, 3] = np.where(np.isnan(cutoff_N), rgba_N4[:, 3], solid_N)
+        return np.clip(rgba_N4, 0, 1, out=rgba_N4)
+
+    @cached_property
+    def _palette(self) -> _Palette:
+        return _Palette(self.materials)
+
+    def transformed(self, matrix: np.ndarray) -> Mesh:
+        """Moved by a 4x4 matrix acting on columns; a mirroring matrix turns the faces so that outside stays outside."""
+        matrix = np.asarray(matrix, np.float64)
+        moved = replace(self, vertices=self.vertices.astype(np.float64) @ matrix[:3, :3].T + matrix[:3, 3])
+        return moved._turned() if np.linalg.det(matrix[:3, :3]) < 0 else moved
+
+    def _turned(self) -> Mesh:
+        """The same faces with the opposite winding."""
+        return replace(
+            self,
+            faces=self.faces[:, ::-1],
+            corner_uv=None if self.corner_uv is None else self.corner_uv[:, ::-1],
+            corner_rgba=None if self.corner_rgba is None else self.corner_rgba[:, ::-1],
+        )
+
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper corner (float64 [3] each) of the box around the faces; unused vertices do not count.
+
+        Raises: ValueError for a mesh without faces.
+        """
+        if not len(self.faces):
+            raise ValueError("a mesh without faces has no bounds")
+        corners_N3 = self.vertices[np.unique(self.faces)].astype(np.float64)
+        return corners_N3.min(axis=0), corners_N3.max(axis=0)
+
+    def normalised(self) -> tuple[Mesh, np.ndarray]:
+        """Bounding box centred on the origin, longest side 1.8.
+
+        Returns: the mesh and the float64 [4, 4] matrix from the normalised back to the source's frame.
+        Raises: ValueError if the mesh has no faces or no extent.
+        """
+        lower_3, upper_3 = self.bounds()
+        side = (upper_3 - lower_3).max()
+        if not side > 0:
+            raise ValueError("a mesh whose vertices are all in one place cannot be normalised")
+        centre_3, scale = (lower_3 + upper_3) / 2, side / NORMALISED_SIDE
+        back = np.diag([scale, scale, scale, 1.0])
+        back[:3, 3] = centre_3
+        return replace(self, vertices=(self.vertices.astype(np.float64) - centre_3) / scale), back
+
+
+def merge(meshes: Sequence[Mesh]) -> Mesh:
+    """All faces of several meshes as one; materials that are the same object are kept once.
+
+    Raises: ValueError if there is no mesh.
+    """
+    if not meshes:
+        raise ValueError("there are no meshes to merge")
+    if len(meshes) == 1:
+        return meshes[0]
+    materials = list({id(material): material for mesh in meshes for material in mesh.materials}.values())
+    index = {id(material): i for i, material in enumerate(materials)}
+    offsets = np.cumsum([0, *(len(mesh.vertices) for mesh in meshes)])
+    face_material = [np.array([index[id(m)] for m in mesh.materials], np.int32)[mesh.face_material] for mesh in meshes]
+    return Mesh(
+        vertices=np.concatenate([mesh.vertices for mesh in meshes]),
+        faces=np.concatenate([mesh.faces + offset for mesh, offset in zip(meshes, offsets)]),
+        face_material=np.concatenate(face_material),
+        materials=tuple(materials),
+        corner_uv=_concatenate_corners([(mesh.corner_uv, len(mesh.faces)) for mesh in meshes], np.zeros(2)),
+        corner_rgba=_concatenate_corners([(mesh.corner_rgba, len(mesh.faces)) for mesh in meshes], np.ones(4)),
+    )
+
+
+def _concatenate_corners(parts: list[tuple[np.ndarray | None, int]], missing: np.ndarray) -> np.ndarray | None:
+    if all(corners is None for corners, _ in parts):
+        return None
+    return np.concatenate(
+        [np.broadcast_to(missing, (n_faces, 3, len(missing))) if c is None else c for c, n_faces in parts]
+    )
+
+
+def _interpolate(corners_F3C: np.ndarray, face_N: np.ndarray, barycentric_N3: np.ndarray) -> np.ndarray:
+    """[N, C] values between the three corners of each face."""
+    return np.einsum("nkc,nk->nc", corners_F3C.take(face_N, axis=0), barycentric_N3.astype(np.float32, copy=False))
+
+
+class _Palette:
+    """Arrays over M materials, all textures in one row of texels so that a lookup needs no loop over materials."""
+
+    def __init__(self, materials: tuple[Material, ...]) -> None:
+        self.base_M4 = np.array([m.base_color_linear for m in materials], np.float32).reshape(-1, 4)
+        # What alpha is compared with; NaN where it is kept as it is.
+        cutoffs = {"OPAQUE": lambda m: -np.inf, "MASK": lambda m: m.alpha_cutoff, "BLEND": lambda m: np.nan}
+        self.cutoff_M = np.array([cutoffs[m.alpha_mode](m) for m in materials], np.float32)
+        self.textured = any(m.texture is not None for m in materials)
+        plain = np.full((1, 1, 4), 255, np.uint8)
+        images = [plain if m.texture is None else m.texture for m in materials]
+        distinct = {id(image): image for image in images}
+        starts = dict(zip(distinct, np.cumsum([0, *(i.shape[0] * i.shape[1] for i in distinct.values())])))
+        self.start_M = np.array([starts[id(image)] for image in images], np.int64)
+        self.width_M = np.array([image.shape[1] for image in images], np.int64)
+        self.height_M = np.array([image.shape[0] for image in images], np.int64)
+        texels_T4 = np.concatenate([image.reshape(-1, 4) for image in distinct.values()] or [plain[0]])
+        self.texels_T = texels_T4.view(np.uint32)[:, 0]  # four bytes as one number: a faster lookup
+
+    def sample(self, material_N: np.ndarray, uv_N2: np.ndarray) -> np.ndarray:
+        """Bilinear lookup with repetition: float32 [N, 4], rgb in linear light."""
+        width_N, height_N = self.width_M.take(material_N), self.height_M.take(material_N)
+        x_pair, weight_x_pair = _texel_pair(uv_N2[:, 0], width_N)
+        y_pair, weight_y_pair = _texel_pair(uv_N2[:, 1], height_N)
+        start_N = self.start_M.take(material_N)
+        rgba_N4 = np.zeros((len(uv_N2), 4), np.float32)
+        for y_N, weight_y_N in zip(y_pair, weight_y_pair):
+            row_N = start_N + y_N * width_N
+            for x_N, weight_x_N in zip(x_pair, weight_x_pair):
+                texel_N4 = self.texels_T.take(row_N + x_N).view(np.uint8).reshape(-1, 4)
+                linear_N4 = _LINEAR_OF_BYTE.take(texel_N4)
+                linear_N4[:, 3] = texel_N4[:, 3] / np.float32(255)
+                linear_N4 *= (weight_x_N * weight_y_N)[:, None]
+                rgba_N4 += linear_N4
+        return rgba_N4
+
+
+def _texel_pair(coordinate_N: np.ndarray, size_N: np.ndarray) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """The two texels around each texture coordinate along one axis, and their float32 weights."""
+    # float64: coordinates may be large, as in 1000.25.
+    position_N = np.nan_to_num(coordinate_N.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    position_N = (position_N - np.floor(position_N)) * size_N - 0.5
+    lower_N = np.floor(position_N).astype(np.int64)
+    weight_N = (position_N - lower_N).astype(np.float32)
+    upper_N = lower_N + 1
+    lower_N[lower_N < 0] += size_N[lower_N < 0]
+    upper_N[upper_N >= size_N] = 0
+    return (lower_N, upper_N), (1 - weight_N, weight_N)

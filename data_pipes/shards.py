@@ -1,0 +1,351 @@
+"""Shards: WebDataset tars with an index beside each, and a manifest that names what made them.
+
+A folder of shards holds
+
+    manifest.json             format, settings and their hash, shard list with sha256, counts
+    shard-00000.tar           members {uid}.{suffix}, read in order by plain `webdataset`
+    shard-00000.index.json    where each member lies, so that one sample is one seek away
+
+A shard counts as finished once its index exists: the tar is renamed into place first, the index last. The manifest
+exists from the start with "complete": false, so that a killed run is told from a finished one and may go on.
+
+The members of a raw sample are described in raw_sample.py.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import ASIDE, read_json, sha256_file, sha256_json, write_atomic, write_json
+from .raw_sample import decode_json, encode_raw_sample
+
+__all__ = [
+    "LATENT_FORMAT",
+    "RAW_FORMAT",
+    "ShardFolder",
+    "ShardInfo",
+    "ShardWriter",
+    "begin_folder",
+    "encode_raw_sample",
+    "finished_shard",
+    "split_of",
+    "write_manifest",
+]
+
+RAW_FORMAT = "shapeloom-raw/1"
+LATENT_FORMAT = "shapeloom-latent/1"
+MANIFEST = "manifest.json"
+SPLITS = ("train", "val", "test")
+
+_UID = re.compile(r"[A-Za-z0-9_-]{1,200}")
+_BLOCK = 512
+
+
+def split_of(uid: str) -> str:
+    """train 90 %, val 5 %, test 5 % by the uid's hash alone, so that added data never moves an asset."""
+    place = int.from_bytes(hashlib.sha256(uid.encode()).digest()[:8], "big") / 2**64
+    return "train" if place < 0.9 else "val" if place < 0.95 else "test"
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One finished shard, as the manifest lists it."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_name(shard.name.removesuffix(".tar") + ".index.json")
+
+
+class ShardWriter:
+    """Writes one shard: aside first, renamed when the block ends without an exception.
+
+    Example::
+
+        with ShardWriter(out / "shard-00000.tar") as writer:
+            writer.write(uid, members, "train")
+        writer.info
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.info: ShardInfo | None = None
+        self._aside = self.path.with_name(f"{self.path.name}{ASIDE}{os.getpid()}")
+        self._members: dict[str, dict[str, tuple[int, int]]] = {}
+        self._splits: dict[str, str] = {}
+        self._sha256 = hashlib.sha256()
+        self._size = 0
+
+    def __enter__(self) -> ShardWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._aside, "wb")
+        return self
+
+    def write(self, uid: str, members: dict[str, bytes], split: str) -> None:
+        """Add one sample. Raises ValueError for a uid that WebDataset would cut (a dot) or that was written before."""
+        if not _UID.fullmatch(uid):
+            raise ValueError(f"uid {uid!r} must be 1 to 200 letters, digits, '_' or '-'")
+        if uid in self._members:
+            raise ValueError(f"uid {uid!r} is written twice into {self.path.name}")
+        places = self._members[uid] = {}
+        self._splits[uid] = split
+        for suffix, data in members.items():
+            header = tarfile.TarInfo(f"{uid}.{suffix}")  # owner, time and mode keep their fixed defaults
+            header.size = len(data)
+            self._append(header.tobuf(tarfile.GNU_FORMAT))
+            places[suffix] = (self._size, len(data))
+            self._append(data)
+            self._append(b"\0" * (-len(data) % _BLOCK))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            if kind is None:
+                self._append(b"\0" * (2 * _BLOCK))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            self._file.close()
+        if kind is not None:
+            self._aside.unlink(missing_ok=True)
+            return
+        index_path(self.path).unlink(missing_ok=True)  # never an index beside a tar it does not describe
+        os.replace(self._aside, self.path)
+        self.info = ShardInfo(self.path.name, len(self._members), self._size, self._sha256.hexdigest())
+        index = {**asdict(self.info), "splits": self._splits, "members": self._members}
+        write_atomic(index_path(self.path), json.dumps(index, separators=(",", ":")))  # in the order written
+
+    def _append(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+        self._size += len(data)
+
+
+def finished_shard(path: str | Path) -> ShardInfo | None:
+    """What is known of a shard that an earlier run finished, or None if it must be written (again)."""
+    path = Path(path)
+    if not (path.is_file() and index_path(path).is_file()):
+        return None
+    try:
+        index = read_json(index_path(path), "the shard index")
+        info = ShardInfo(index["name"], index["samples"], index["bytes"], index["sha256"])
+    except (UserError, KeyError, TypeError):
+        return None
+    return info if info.name == path.name and info.bytes == path.stat().st_size else None
+
+
+def begin_folder(out: str | Path, *, format: str, settings: dict[str, Any]) -> None:
+    """Claim `out` for shards of these settings; an unfinished or finished run of the same settings may go on in it.
+
+    Raises: UserError if `out` holds anything else.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give another output folder")
+    manifest = out / MANIFEST
+    if manifest.exists():
+        there = read_json(manifest, "the manifest")
+        if not isinstance(there, dict) or there.get("format") != format:
+            raise UserError(f"{out} holds data of another format: give another output folder, or delete it")
+        if there.get("settings_hash") != sha256_json(settings):
+            differs = _first_difference(there.get("settings"), settings)
+            raise UserError(f"{out} was made with other settings ({differs}): give another output folder, or delete it")
+        return
+    if out.exists() and any(ASIDE not in entry.name for entry in out.iterdir()):
+        raise UserError(f"{out} is not empty and has no {MANIFEST}: give another output folder")
+    write_manifest(out, format=format, settings=settings, shards=[], counts={}, complete=False)
+
+
+def write_manifest(
+    out: str | Path,
+    *,
+    format: str,
+    settings: dict[str, Any],
+    shards: Iterable[ShardInfo],
+    counts: dict[str, Any],
+    extra: dict[str, Any] | None = None,
+    complete: bool = True,
+) -> dict[str, Any]:
+    """Write and return the manifest; with `complete` it is what makes the folder readable.
+
+    Args:
+        settings: JSON-able; everything that the bytes depend on, and nothing else (no paths, no worker count).
+        counts: for people, e.g. {"samples": 3, "train": 2, "val": 1}.
+        extra: more keys.
+    """
+    manifest = {
+        "format": format,
+        "complete": complete,
+        "settings": settings,
+        "settings_hash": sha256_json(settings),
+        "counts": counts,
+        **(extra or {}),
+        "shards": [asdict(shard) for shard in shards],
+    }
+    write_json(Path(out) / MANIFEST, manifest)
+    if complete:
+        for left_by_a_killed_run in Path(out).glob(f"*{ASIDE}*"):
+            left_by_a_killed_run.unlink(missing_ok=True)
+    return manifest
+
+
+def _first_difference(old: Any, new: dict[str, Any]) -> str:
+    old = old if isinstance(old, dict) else {}
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            return f"{key} {old.get(key)!r} there, {new.get(key)!r} asked"
+    return "its settings are damaged"
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+class ShardFolder:
+    """A finished folder of shards, with random access by uid or by index in the order of the shards.
+
+    Opening reads the manifest and the indices and compares file sizes; bytes are checked by `verify` alone.
+    Reading is safe from several threads and processes.
+
+    Raises: UserError where something is missing, unfinished, cut short or of another format.
+    """
+
+    def __init__(self, folder: str | Path, format: str = RAW_FORMAT) -> None:
+        self.folder = Path(folder)
+        self.manifest = self._read_manifest(format)
+        self.uids: list[str] = []
+        self._splits: list[str] = []
+        self._members: list[dict[str, tuple[int, int]]] = []
+        self._starts: list[int] = []  # index of each shard's first sample
+        for shard in self.manifest["shards"]:
+            self._add(shard)
+        self._index_of = {uid: i for i, uid in enumerate(self.uids)}
+        if len(self._index_of) != len(self.uids):
+            raise UserError(f"{self.folder} holds a uid twice: build it again")
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+    @property
+    def hash(self) -> str:
+        """Of the settings and of every shard's bytes: what a child of this folder records as its parent."""
+        return sha256_json([self.manifest["settings"], [shard["sha256"] for shard in self.manifest["shards"]]])
+
+    def splits(self, uid_or_index: str | int) -> str:
+        return self._splits[self._index(uid_or_index)]
+
+    def select(self, split: str | Iterable[str] | None = None) -> list[int]:
+        """Indices of the samples of a split, of several, or of all.
+
+        Raises: UserError for a split that no sample has.
+        """
+        if split is None:
+            return list(range(len(self)))
+        wanted = {split} if isinstance(split, str) else set(split)
+        if unknown := wanted - set(self._splits):
+            raise UserError(
+                f"{self.folder} has no split '{min(unknown)}'; it has {', '.join(sorted(set(self._splits)))}"
+            )
+        return [i for i, name in enumerate(self._splits) if name in wanted]
+
+    def suffixes(self, uid_or_index: str | int) -> list[str]:
+        """Names of the sample's members, in the order they were written."""
+        return list(self._members[self._index(uid_or_index)])
+
+    def read(self, uid_or_index: str | int, suffixes: Iterable[str] | None = None) -> dict[str, bytes]:
+        """Bytes of the asked members (all by default).
+
+        Raises: UserError for a member that the sample lacks, and where the shard ends early.
+        """
+        index = self._index(uid_or_index)
+        places = self._members[index]
+        shard = self._shard(index)
+        found = {}
+        with open(shard, "rb") as file:
+            for suffix in places if suffixes is None else suffixes:
+                if suffix not in places:
+                    raise UserError(f"{self.uids[index]} in {shard} has no {suffix}: build it with that part")
+                offset, size = places[suffix]
+                file.seek(offset)
+                found[suffix] = file.read(size)
+                if len(found[suffix]) != size:
+                    raise UserError(f"shard {shard} ends inside {self.uids[index]}.{suffix}: build it again")
+        return found
+
+    def read_json(self, uid_or_index: str | int, suffix: str = "json") -> dict[str, Any]:
+        """One of the sample's json members."""
+        index = self._index(uid_or_index)
+        return decode_json(self.read(index, [suffix])[suffix], f"{self.uids[index]}.{suffix} in {self._shard(index)}")
+
+    def verify(self) -> None:
+        """Read every byte and compare with the manifest. Raises UserError naming the first shard that differs."""
+        for shard in self.manifest["shards"]:
+            path = self.folder / shard["name"]
+            if sha256_file(path) != shard["sha256"]:
+                raise UserError(f"shard {path} differs from what its manifest recorded: delete it and build it again")
+
+    def _read_manifest(self, format: str) -> dict[str, Any]:
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder} is not a folder of shards: it does not exist or is a file")
+        path = self.folder / MANIFEST
+        manifest = read_json(path, "the manifest")
+        if not isinstance(manifest, dict) or manifest.get("format") != format:
+            found = manifest.get("format") if isinstance(manifest, dict) else None
+            raise UserError(f"{path}: field 'format' must be '{format}', got {found!r}")
+        for field, kind in (("settings", dict), ("settings_hash", str), ("shards", list), ("counts", dict)):
+            if not isinstance(manifest.get(field), kind):
+                raise UserError(f"{path}: field '{field}' is missing or of the wrong kind")
+        if not manifest.get("complete"):
+            raise UserError(f"{self.folder} is unfinished: run the command that makes it again, it will go on")
+        return manifest
+
+    def _add(self, shard: dict[str, Any]) -> None:
+        """Check one shard against the manifest and take in its index."""
+        if not isinstance(shard, dict) or not {"name", "bytes", "sha256", "samples"} <= shard.keys():
+            raise UserError(f"{self.folder / MANIFEST}: an entry of 'shards' lacks name, samples, bytes or sha256")
+        path = self.folder / Path(str(shard["name"])).name  # a name with ../ in it cannot leave the folder
+        if not path.is_file():
+            raise UserError(f"shard {path} is missing: run the command that makes it again")
+        size = path.stat().st_size
+        if size != shard["bytes"]:
+            raise UserError(
+                f"shard {path} is {size} bytes, its manifest says {shard['bytes']}: delete it and build it again"
+            )
+        index = read_json(index_path(path), "the shard index")
+        try:
+            if index["sha256"] != shard["sha256"]:
+                raise UserError(f"{index_path(path)} belongs to another shard: delete both and build them again")
+            members, splits = index["members"], index["splits"]
+            self._starts.append(len(self.uids))
+            self.uids += members
+            self._members += members.values()
+            self._splits += [splits[uid] for uid in members]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index_path(path)} is damaged ({error!r}): delete it and build the shard again") from None
+
+    def _index(self, uid_or_index: str | int) -> int:
+        if isinstance(uid_or_index, str):
+            if uid_or_index not in self._index_of:
+                raise UserError(f"{self.folder} has no sample '{uid_or_index}'")
+            return self._index_of[uid_or_index]
+        return int(uid_or_index)
+
+    def _shard(self, index: int) -> Path:
+        """The shard that holds a sample."""
+        number = bisect.bisect_right(self._starts, index) - 1
+        return self.folder / Path(self.manifest["shards"][number]["name"]).name

@@ -1,0 +1,244 @@
+"""Sampling from a pipeline: for a person (`sample`: files and a contact sheet) and for the scores (`generate`).
+
+Shapes: K objects, L latents of C channels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from ..checkpoints.meshes import write_glb
+from ..data_pipes.contact_sheet import write_png
+from ..data_pipes.render import composite, render
+from ..errors import UserError
+from ..files import sha256_file, write_json
+from ..models.cameras import orbit
+from ..models.mesh import ExtractedMesh, extract_mesh
+from ..models.pipeline import ShapeloomPipeline
+from ..progress import Bar
+from .renders import is_empty, to_mesh
+from .sheets import Cell, contact_sheet
+
+__all__ = ["Request", "generate", "generate_batch", "open_picture", "sample"]
+
+SAMPLES_FORMAT = "shapeloom-samples/1"
+PICTURE_SIZE = 256
+PICTURE_VIEW = (20.0, 20.0)  # azimuth, elevation in degrees
+LONGEST_TEXT = 2000
+MOST_PIXELS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Request:
+    """One object to make: a text, a picture or both, and its seed."""
+
+    seed: int
+    text: str | None = None
+    image: Image.Image | None = None
+
+
+def generate(
+    pipe: ShapeloomPipeline, requests: Sequence[Request], *, batch_size: int = 32, **settings: Any
+) -> Iterator[np.ndarray]:
+    """Latents f32 [B, L, C] of one batch of requests after the other, in their order.
+
+    Args:
+        requests: neighbours of a kind (text, picture, both) share a batch.
+        settings: of `ShapeloomPipeline.generate_latents`: steps, text_guidance, image_guidance.
+    """
+    start = 0
+    while start < len(requests):
+        stop = start + 1
+        while stop < min(len(requests), start + batch_size) and _kind(requests[stop]) == _kind(requests[start]):
+            stop += 1
+        batch, (with_text, with_image) = requests[start:stop], _kind(requests[start])
+        latents_BLC = pipe.generate_latents(
+            [request.text for request in batch] if with_text else None,
+            [request.image for request in batch] if with_image else None,
+            [request.seed for request in batch],
+            **settings,
+        )
+        yield latents_BLC.float().cpu().numpy()
+        start = stop
+
+
+def generate_batch(
+    pipe: ShapeloomPipeline,
+    requests: Sequence[Request],
+    *,
+    batch_size: int = 32,
+    resolution: int = 64,
+    description: str = "sampling",
+    **settings: Any,
+) -> list[ExtractedMesh]:
+    """A mesh for each request (settings as in `generate`), under a progress bar."""
+    meshes: list[ExtractedMesh] = []
+    with Bar(len(requests), description) as bar:
+        for latents_BLC in generate(pipe, requests, batch_size=batch_size, **settings):
+            meshes += extract_mesh(pipe.decode(torch.from_numpy(latents_BLC)), resolution)
+            bar.update(len(latents_BLC))
+    return meshes
+
+
+def sample(
+    pipeline: str | Path | ShapeloomPipeline,
+    texts: Sequence[str] = (),
+    images: Sequence[str | Path] = (),
+    seeds: Sequence[int] = (0,),
+    out: str | Path = "samples",
+    *,
+    text_guidance: float = 3.0,
+    image_guidance: float = 2.0,
+    steps: int = 24,
+    resolution: int = 64,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Make objects and write a GLB and a PNG of each, `contact_sheet.png` and `samples.json` into `out`.
+
+    With texts and pictures, every text is combined with every picture.
+
+    Args:
+        pipeline: a pipeline folder (or a loaded pipeline).
+        images: picture files; transparency is put on white, and they are padded to a square.
+        seeds: one object for each condition and seed.
+    Returns: what samples.json holds.
+    Raises: UserError for an empty text, a file that is no picture, nothing to condition on, no seed, or settings out of
+        range; and for whatever is wrong with the pipeline folder.
+    """
+    texts = [_checked_text(text) for text in texts]
+    pictures = [(Path(image), open_picture(image)) for image in images]
+    if not texts and not pictures:
+        raise UserError('nothing to make: give --text "a red cube", or --image picture.png, or both')
+    if not seeds:
+        raise UserError("no seed to sample with: give at least one, for example --seeds 0-3")
+    if steps < 1 or resolution < 4 or resolution % 4:
+        raise UserError(f"steps must be at least 1 and resolution a multiple of 4, got {steps} and {resolution}")
+    pipe = _loaded(pipeline, device)
+    no_text: list[str | None] = [None]
+    no_picture: list[tuple[Path, Image.Image] | None] = [None]
+    conditions = [(text, picture) for text in texts or no_text for picture in pictures or no_picture]
+    names = _names(conditions)
+    requests = [Request(seed, text, picture and picture[1]) for text, picture in conditions for seed in seeds]
+    settings: dict[str, Any] = {"steps": steps, "text_guidance": text_guidance, "image_guidance": image_guidance}
+    meshes = generate_batch(pipe, requests, batch_size=8, resolution=resolution, **settings)
+
+    out = Path(out)
+    samples, cells = [], []
+    labels = [(name, *condition, seed) for name, condition in zip(names, conditions, strict=True) for seed in seeds]
+    for (name, text, picture, seed), mesh in zip(labels, meshes, strict=True):
+        stem = f"{name}-{seed}"
+        image = _picture(mesh)
+        write_png(out / f"{stem}.png", Image.fromarray(image))
+        entry: dict[str, Any] = {"text": text, "image": str(picture[0]) if picture else None, "seed": seed}
+        entry |= {"image_sha256": sha256_file(picture[0]) if picture else None, "empty": is_empty(mesh)}
+        entry |= {"png": f"{stem}.png", "glb": None, "vertices": len(mesh.vertices), "faces": len(mesh.faces)}
+        if not is_empty(mesh):
+            write_glb(out / f"{stem}.glb", mesh)
+            entry["glb"] = f"{stem}.glb"
+        samples.append(entry)
+        given = [np.asarray(ImageOps.pad(picture[1], (PICTURE_SIZE,) * 2, color="white"))] if picture else []
+        label = text or (picture[0].name if picture else "")
+        cells.append(Cell([*given, image], f"{label}  · seed {seed}" + ("  (empty)" if is_empty(mesh) else "")))
+    columns = len(seeds) if len(seeds) > 1 else 4
+    write_png(out / "contact_sheet.png", contact_sheet(cells, columns=columns, size=160))
+    record = {
+        "format": SAMPLES_FORMAT,
+        "pipeline": str(pipeline) if isinstance(pipeline, (str, Path)) else None,
+        "conditioner_hash": pipe.conditioner.weights_hash,
+        "settings": {**settings, "resolution": resolution},
+        "samples": samples,
+    }
+    write_json(out / "samples.json", record)
+    _tell(out, samples)
+    return record
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture file as RGB on white, turned as its EXIF says.
+
+    Raises: UserError naming the file, if it is missing, no picture, damaged, or so large that it looks like an attack.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"image {path} does not exist or is not a file")
+    try:
+        with Image.open(path) as probe:
+            pixels = probe.width * probe.height
+            probe.verify()
+        if pixels > MOST_PIXELS:
+            raise Image.DecompressionBombError
+        with Image.open(path) as image:
+            rgba = ImageOps.exif_transpose(image).convert("RGBA")
+    except Image.DecompressionBombError:
+        raise UserError(f"image {path} has too many pixels; make it smaller, 1024 x 1024 is plenty") from None
+    except (OSError, ValueError, SyntaxError, EOFError):
+        raise UserError(
+            f"image {path} is not a picture that can be read; give a whole PNG, JPEG or WebP file"
+        ) from None
+    white = Image.new("RGBA", rgba.size, "white")
+    white.alpha_composite(rgba)
+    return white.convert("RGB")
+
+
+def slug(text: str) -> str:
+    """A short file name: 'A red cube, left of …' -> 'a-red-cube-left-of'."""
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return words[:60].rstrip("-") or "object"
+
+
+def _checked_text(text: str) -> str:
+    if not text.strip():
+        raise UserError('--text is empty: describe an object, for example --text "a red cube"')
+    if len(text) > LONGEST_TEXT:
+        raise UserError(f"--text is {len(text)} characters long; at most {LONGEST_TEXT} are taken")
+    return text.strip()
+
+
+def _loaded(pipeline: str | Path | ShapeloomPipeline, device: str | None) -> ShapeloomPipeline:
+    if isinstance(pipeline, (str, Path)):
+        from ..checkpoints.pipeline import load
+
+        pipeline = load(pipeline)
+    return pipeline.to(device) if device else pipeline
+
+
+def _names(conditions: Sequence[tuple[str | None, tuple[Path, Image.Image] | None]]) -> list[str]:
+    """A distinct file name for each condition."""
+    names: list[str] = []
+    for text, picture in conditions:
+        base = "-".join(slug(part) for part in (text, picture and picture[0].stem) if part)
+        name, number = base, 1
+        while name in names:
+            number += 1
+            name = f"{base}-v{number}"
+        names.append(name)
+    return names
+
+
+def _kind(request: Request) -> tuple[bool, bool]:
+    return request.text is not None, request.image is not None
+
+
+def _picture(mesh: ExtractedMesh) -> np.ndarray:
+    """The object as a person sees it: u8 [256, 256, 3], lit, on white."""
+    if is_empty(mesh):
+        return np.full((PICTURE_SIZE, PICTURE_SIZE, 3), 255, np.uint8)
+    cameras = orbit([PICTURE_VIEW[0]], PICTURE_VIEW[1], size=PICTURE_SIZE)
+    return composite(render(to_mesh(mesh), cameras, samples_per_axis=3).lit)[0]
+
+
+def _tell(out: Path, samples: Sequence[dict[str, Any]]) -> None:
+    made = [entry for entry in samples if not entry["empty"]]
+    print(f"{len(made)} of {len(samples)} objects written to {out}/ (GLB and PNG); see {out}/contact_sheet.png")
+    for entry in samples:
+        if entry["empty"]:
+            what = entry["text"] or entry["image"]
+            print(f"  no surface for {what!r} with seed {entry['seed']}: try another seed or a lower guidance")

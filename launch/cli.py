@@ -1,0 +1,353 @@
+"""The ``shapeloom`` command. A verb imports what it runs when it runs, so that help is quick."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import UserError, run_command
+
+MAX_SEEDS = 100_000
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+app = typer.Typer(
+    name="shapeloom",
+    help="Train and sample text- and image-conditioned diffusion models of 3D assets.",
+    epilog="First run: bash launch/quickstart.sh",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Make, build and look at raw shards.", no_args_is_help=True)
+train_app = typer.Typer(
+    help="Train one stage: on several devices, accelerate launch -m shapeloom.training.STAGE with the same options.",
+    no_args_is_help=True,
+)
+eval_app = typer.Typer(help="Put numbers on what was trained.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(train_app, name="train")
+app.add_typer(eval_app, name="eval")
+
+
+def main() -> None:
+    """Run the command line; the ``shapeloom`` entry point."""
+    run_command(app)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``"0-3"`` -> [0, 1, 2, 3], ``"0,5,7"`` -> [0, 5, 7], ``"0-2,9"`` -> [0, 1, 2, 9]. Raises UserError."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (word.strip() for word in part.partition("-"))
+        numbers = [first, last] if dash else [first]
+        if not all(word.isascii() and word.isdigit() and len(word) < 19 for word in numbers):
+            raise UserError(f"--seeds '{text}' is not understood: write 0-3, or 0,5,7")
+        begin, end = int(numbers[0]), int(numbers[-1])
+        if begin > end:
+            raise UserError(f"--seeds '{text}' counts backwards: write {end}-{begin}")
+        if len(seeds) + end - begin >= MAX_SEEDS:
+            raise UserError(f"--seeds '{text}' names more than {MAX_SEEDS} seeds")
+        seeds.extend(range(begin, end + 1))
+    if len(set(seeds)) != len(seeds):
+        raise UserError(f"--seeds '{text}' names a seed twice")
+    return seeds
+
+
+# --- options that several verbs share --------------------------------------------------------------------------------
+
+Workers = Annotated[int, typer.Option(min=1, help="Processes to use.", show_default="all cores")]
+Preset = Annotated[str | None, typer.Option(help="A preset's name, or a YAML file of that form.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML or JSON over the preset, such as a run's config.json.")
+]
+RawData = Annotated[Path, typer.Option(help="A folder of raw shards.")]
+Resume = Annotated[
+    str, typer.Option(help="auto goes on where OUT was, never starts afresh; or a state folder to go on from.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings over preset and file, such as optim.lr=1e-4."),
+]
+PipelineFolder = Annotated[Path, typer.Argument(metavar="PIPELINE", help="A pipeline folder, as training leaves it.")]
+Seeds = Annotated[str, typer.Option(help="Such as 0-3, or 0,5,7.")]
+Steps = Annotated[int, typer.Option(min=1, max=10_000, help="Sampling steps.")]
+TextGuidance = Annotated[float, typer.Option(min=0.0, help="How strongly the text is followed; 1 is no guidance.")]
+ImageGuidance = Annotated[float, typer.Option(min=0.0, help="How strongly the image is followed; 1 is no guidance.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.", show_default="the best there is")]
+
+
+# --- general ---------------------------------------------------------------------------------------------------------
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _general(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: shapeloom doctor --repair")
+def doctor(
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Put torchvision right in this virtual environment, if it needs it.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Repair outside a virtual environment too.")] = False,
+) -> None:
+    """Report versions, devices, extras and known conflicts. Exits with 1 if something required is broken."""
+    from . import doctor as examination
+
+    raise typer.Exit(examination.main(repair=repair, yes=yes))
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+@data_app.command("procedural", epilog="Example: shapeloom data procedural --count 3000 --seed 0 --out raw/")
+def data_procedural(
+    out: Annotated[Path, typer.Option(help="The folder of raw shards to make.")],
+    count: Annotated[
+        int | None, typer.Option(min=1, help="How many objects.", show_default="the preset's, or 3000")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="The same seed gives the same bytes.", show_default="the preset's, or 0"),
+    ] = None,
+    level: Annotated[
+        str | None,
+        typer.Option(
+            help="core: 6 shapes, 8 colours, one or two parts. full: more of each, up to three parts.",
+            show_default="the preset's, or core",
+        ),
+    ] = None,
+    workers: Workers = CORES,
+    preset: Preset = None,
+    overrides: Overrides = None,
+) -> None:
+    """Make the procedural reference set: objects of coloured primitives, with exact distances, views and captions.
+
+    A preset's section "data" is read first, then the options, then KEY=VALUE."""
+    from ..config import load_config
+    from ..data_pipes.procedural import ProceduralSettings, generate
+
+    options = {"level": level, "count": count, "seed": seed}
+    settings = load_config(ProceduralSettings, preset, "data", overrides=overrides or [], values=options)
+    print(generate(out, settings, workers))
+
+
+@data_app.command("build", epilog="Example: shapeloom data build my_models/ --captions captions.csv --out raw/")
+def data_build(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="GLB, glTF, OBJ, PLY and STL files, at any depth.")],
+    out: Annotated[Path, typer.Option(help="The folder of raw shards to make.")],
+    captions: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV with the columns file and caption (and caption_2 ..., category, licence, author).",
+            show_default="captions are made of the file names",
+        ),
+    ] = None,
+    workers: Workers = CORES,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only so many files.", show_default="all of them")
+    ] = None,
+    preset: Preset = None,
+    overrides: Overrides = None,
+) -> None:
+    """Turn a folder of 3D files into raw shards; what cannot be used is in OUT/rejected.jsonl with the reason."""
+    from ..config import load_config
+    from ..data_pipes.build import BuildSettings, build
+
+    settings = load_config(BuildSettings, preset, "build", overrides=overrides or [])
+    print(build(folder, out, captions=captions, settings=settings, workers=workers, limit=limit))
+
+
+@data_app.command("show", epilog="Example: shapeloom data show raw/ --count 24")
+def data_show(
+    raw: Annotated[Path, typer.Argument(metavar="RAW", help="A folder of raw shards.")],
+    out: Annotated[Path | None, typer.Option(help="The PNG to write.", show_default="contact_sheet.png in RAW")] = None,
+    count: Annotated[int, typer.Option(min=1, max=1000, help="How many objects to show.")] = 24,
+    split: Annotated[str | None, typer.Option(help="Only this split.", show_default="all of them")] = None,
+) -> None:
+    """Write a contact sheet of raw shards and print a short summary."""
+    from ..data_pipes.contact_sheet import sheet_of_raw
+
+    print(sheet_of_raw(raw, out or raw / "contact_sheet.png", count, split))
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@train_app.command("clip", epilog="Example: shapeloom train clip --preset tiny --data raw/ --out runs/clip")
+def train_clip(
+    data: RawData,
+    out: Annotated[Path, typer.Option(help="The run folder.")],
+    preset: Preset = None,
+    config: ConfigFile = None,
+    resume: Resume = "auto",
+    overrides: Overrides = None,
+) -> None:
+    """Train a small CLIP on rendered views and captions."""
+    _run_stage("clip", data, out, preset, config, resume, overrides)
+
+
+@train_app.command("autoencoder", epilog="Example: shapeloom train autoencoder --preset tiny --data raw/ --out runs/ae")
+def train_autoencoder(
+    data: RawData,
+    out: Annotated[Path, typer.Option(help="The run folder.")],
+    preset: Preset = None,
+    config: ConfigFile = None,
+    resume: Resume = "auto",
+    overrides: Overrides = None,
+) -> None:
+    """Train the autoencoder: surface points to a latent, and back to distance, density and colour."""
+    _run_stage("autoencoder", data, out, preset, config, resume, overrides)
+
+
+@train_app.command(
+    "denoiser", epilog="Example: shapeloom train denoiser --preset tiny --data latents/ --out runs/denoiser"
+)
+def train_denoiser(
+    data: Annotated[Path, typer.Option(help="A folder of latent shards, as encode makes it.")],
+    out: Annotated[Path, typer.Option(help="The run folder; its pipeline/ is what sampling loads.")],
+    preset: Preset = None,
+    config: ConfigFile = None,
+    resume: Resume = "auto",
+    overrides: Overrides = None,
+) -> None:
+    """Train the denoiser on latents."""
+    _run_stage("denoiser", data, out, preset, config, resume, overrides)
+
+
+@app.command(
+    epilog="Example: shapeloom encode --data raw/ --out latents/ autoencoder=runs/ae/autoencoder clip=runs/clip/clip"
+)
+def encode(
+    data: RawData,
+    out: Annotated[Path, typer.Option(help="The folder of latent shards to make.")],
+    preset: Preset = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Encode raw shards once into latents and CLIP features, for the denoiser. Goes on where OUT was."""
+    _run_stage("encode", data, out, preset, config, "auto", overrides)
+
+
+def _run_stage(
+    stage: str,
+    data: Path,
+    out: Path,
+    preset: str | None,
+    config: Path | None,
+    resume: str,
+    overrides: list[str] | None,
+) -> None:
+    from ..training.stages import run_stage
+
+    run_stage(
+        stage, preset=preset, config=config, data=str(data), out=str(out), resume=resume, overrides=overrides or []
+    )
+
+
+# --- sampling and evaluation -----------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog='Example: shapeloom sample runs/quickstart/pipeline --text "a red cube" --seeds 0-3 --out out/',
+)
+def sample(
+    pipeline: PipelineFolder,
+    out: Annotated[Path, typer.Option(help="Where the GLBs, PNGs and the contact sheet go.")],
+    text: Annotated[list[str] | None, typer.Option(help="What to make; may be given several times.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture of what to make; may be given several times.")
+    ] = None,
+    seeds: Seeds = "0-3",
+    text_guidance: TextGuidance = 3.0,
+    image_guidance: ImageGuidance = 2.0,
+    steps: Steps = 24,
+    resolution: Annotated[int, typer.Option(min=8, max=1024, help="Cells of the mesh grid along an edge.")] = 64,
+    device: Device = None,
+) -> None:
+    """Make 3D objects from text, from an image, or from both together."""
+    from ..eval.generate import sample as make
+
+    make(
+        pipeline,
+        texts=text or [],
+        images=image or [],
+        seeds=parse_seeds(seeds),
+        out=out,
+        text_guidance=text_guidance,
+        image_guidance=image_guidance,
+        steps=steps,
+        resolution=resolution,
+        device=device,
+    )
+
+
+@eval_app.command(
+    "r-precision",
+    epilog="Example: shapeloom eval r-precision runs/x/pipeline --data raw/ --judge runs/judge/clip --out runs/x/eval",
+)
+def eval_r_precision(
+    pipeline: PipelineFolder,
+    data: RawData,
+    judge: Annotated[Path, typer.Option(help="A CLIP folder that the pipeline's conditioner is not.")],
+    out: Annotated[Path, typer.Option(help="Where results.json and the pictures go.")],
+    seeds: Seeds = "0",
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="At most so many test captions.", show_default="all of them")
+    ] = None,
+    image_prompts: Annotated[int, typer.Option(min=0, help="How many objects to make from an image alone.")] = 100,
+    steps: Steps = 24,
+    text_guidance: TextGuidance = 3.0,
+    image_guidance: ImageGuidance = 2.0,
+    workers: Workers = CORES,
+    device: Device = None,
+) -> None:
+    """Score generated objects by CLIP R-precision, in a random and a hard pool, with intervals."""
+    from ..eval.r_precision import run
+
+    run(
+        pipeline,
+        data,
+        judge,
+        out,
+        seeds=parse_seeds(seeds),
+        prompts=prompts,
+        image_prompts=image_prompts,
+        steps=steps,
+        text_guidance=text_guidance,
+        image_guidance=image_guidance,
+        workers=workers,
+        device=device,
+    )
+
+
+@eval_app.command(
+    "reconstruction",
+    epilog="Example: shapeloom eval reconstruction runs/ae/autoencoder --data raw/ --out runs/ae/eval",
+)
+def eval_reconstruction(
+    autoencoder: Annotated[Path, typer.Argument(metavar="AUTOENCODER", help="An autoencoder folder.")],
+    data: RawData,
+    out: Annotated[Path, typer.Option(help="Where results.json and the pictures go.")],
+    split: Annotated[str | None, typer.Option(help="Which split.", show_default="all that were held out")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="At most so many objects.", show_default="all")] = None,
+    device: Device = None,
+) -> None:
+    """Compare held-out objects with their reconstructions: IoU, colour, Chamfer distance, F-score."""
+    from ..eval.reconstruction import run
+
+    run(autoencoder, data, out, split=split, count=count, device=device)

@@ -1,0 +1,219 @@
+"""The main job: data → CLIPs → autoencoder → latents → denoiser → R-precision → report, two one-thread chains at a time.
+
+Every step is a command of its own that goes on where it was, so a stopped quickstart is simply started again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..config import preset_path, read_settings_file
+from ..errors import UserError, run_command
+from ..eval.report import ReportInput, read_figures, write_report
+from ..files import read_json, write_json
+
+CAPTIONS = (
+    "a red cube",
+    "a small yellow cone",
+    "a big purple torus",
+    "a blue ball on top of a green cylinder",
+    "an orange cube to the left of a cyan pyramid",
+    "a gray cone on top of a red cube",
+)
+LINE = re.compile(r"^(?P<what>.*?): (?P<done>\d+)/(?P<total>\d+)  (?P<rest>.*)$")
+
+
+@dataclass
+class Step:
+    """One command. `threads` of torch; steps in one chain follow each other."""
+
+    name: str
+    arguments: list[str]
+    threads: int = 1
+
+
+@dataclass
+class Board:
+    """One progress bar a step on a terminal, plain lines elsewhere; and what each step took."""
+
+    out: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.bars = Progress(
+            TextColumn("{task.description:<14}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(),
+            console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        times = self.out / "timings.json"
+        self.seconds = read_json(times, "timings") if times.exists() else {}
+
+    def run(self, step: Step) -> None:
+        """Run a step to its end, showing its progress. Raises UserError with its last words if it fails."""
+        log = self.out / "logs" / f"{step.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        task = self.bars.add_task(step.name, total=None, note="starting")
+        began = time.monotonic()
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(step.threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "SHAPELOOM_PROGRESS_EVERY": "1" if self.console.is_terminal else "10",
+        }
+        command = [sys.executable, "-m", "shapeloom", *step.arguments]
+        with open(log, "a") as file:
+            file.write(f"$ shapeloom {' '.join(step.arguments)}\n")
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+            assert process.stdout is not None
+            last = ""
+            try:
+                for line in process.stdout:
+                    file.write(line)
+                    file.flush()
+                    last = line.strip() or last
+                    self._show(task, step.name, line.rstrip())
+            except BaseException:
+                process.terminate()
+                process.wait(timeout=60)
+                raise
+        if process.wait():
+            raise UserError(f"{step.name} stopped with exit code {process.returncode} ({last}); its log is {log}")
+        self.bars.update(task, total=1, completed=1, note="done")
+        # A step that had been done before takes seconds now; its first time is the one to report.
+        took = time.monotonic() - began
+        self.seconds[step.name] = round(max(took, self.seconds.get(step.name, 0.0)), 1)
+        write_json(self.out / "timings.json", self.seconds)
+
+    def _show(self, task: Any, name: str, line: str) -> None:
+        if match := LINE.match(line):
+            done, total = int(match["done"]), int(match["total"])
+            self.bars.update(task, completed=done, total=total, note=f"{done}/{total} {match['rest']}"[:60])
+        if not self.console.is_terminal and line:
+            print(f"[{name}] {line}", flush=True)
+
+    def chains(self, *chains: list[Step]) -> None:
+        """Run chains side by side. Raises the first failure, after the other chains' steps have ended."""
+        failures: list[BaseException] = []
+
+        def follow(chain: list[Step]) -> None:
+            for step in chain:
+                if failures:
+                    return
+                try:
+                    self.run(step)
+                except BaseException as error:
+                    failures.append(error)
+
+        threads = [threading.Thread(target=follow, args=(chain,)) for chain in chains]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/quickstart"),
+    preset: Annotated[str, typer.Option(help="A preset's name, or a YAML file of that form.")] = "tiny",
+) -> None:
+    """Run everything; done steps are kept."""
+    began = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    settings = read_settings_file(preset_path(preset), "preset")
+    board = Board(out)
+    with board.bars:
+        run_steps(board, out, preset, settings)
+    report = write_summary(out, board, preset)
+    print_summary(out, report, time.monotonic() - began, board)
+
+
+def run_steps(board: Board, out: Path, preset: str, settings: dict[str, Any]) -> None:
+    """The graph of the steps: what does not depend on each other runs side by side, one thread each."""
+    raw, judge_raw, latents = str(out / "raw"), str(out / "judge_raw"), str(out / "latents")
+    clip, judge = str(out / "clip" / "clip"), str(out / "judge" / "clip")
+    autoencoder, pipeline = str(out / "autoencoder" / "autoencoder"), str(out / "denoiser" / "pipeline")
+
+    def train(stage: str, name: str, data: str) -> Step:
+        chosen = preset if name == stage else f"{preset}:{name}"
+        return Step(name, ["train", stage, "--preset", chosen, "--data", data, "--out", str(out / name)])
+
+    board.run(Step("data", procedural(settings.get("data", {}), raw)))
+    board.run(Step("judge-data", procedural(settings.get("judge_data", {}), judge_raw)))
+    board.chains(
+        [
+            train("autoencoder", "autoencoder", raw),
+            Step("reconstruction", ["eval", "reconstruction", autoencoder, "--data", raw, "--out", str(out / "reconstruction")]),
+        ],
+        [train("clip", "clip", raw), train("clip", "judge", judge_raw)],
+    )
+    models = [f"autoencoder={autoencoder}", f"clip={clip}"]
+    board.run(Step("encode", ["encode", "--preset", preset, "--data", raw, "--out", latents, *models], threads=2))
+    board.run(Step("denoiser", train("denoiser", "denoiser", latents).arguments, threads=2))
+    texts = [word for caption in CAPTIONS for word in ("--text", caption)]
+    board.chains(
+        [Step("r-precision", ["eval", "r-precision", pipeline, "--data", raw, "--judge", judge, "--out", str(out / "r_precision")])],
+        [Step("samples", ["sample", pipeline, *texts, "--seeds", "0-1", "--out", str(out / "samples")])],
+    )  # fmt: skip
+
+
+def procedural(settings: dict[str, Any], out: str) -> list[str]:
+    """The command line of a preset's data section."""
+    words = ["data", "procedural", "--out", out]
+    for name, value in settings.items():
+        option = name.replace("_", "-")
+        words += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+    return words
+
+
+def write_summary(out: Path, board: Board, preset: str) -> ReportInput:
+    stages = ("autoencoder", "clip", "judge", "denoiser")
+    report = ReportInput(
+        r_precision=out / "r_precision",
+        reconstruction=out / "reconstruction",
+        logs={name: out / name / "log.jsonl" for name in stages},
+        timings=board.seconds,
+        commands=["bash launch/quickstart.sh"],
+        pictures={"Samples": out / "samples" / "contact_sheet.png"},
+        meshes=sorted((out / "samples").glob("*.glb")),
+        facts={"preset": preset},
+    )
+    write_report(report, out / "report.html")
+    return report
+
+
+def print_summary(out: Path, report: ReportInput, seconds: float, board: Board) -> None:
+    figures = read_figures(report)
+    for figure, value in figures.values():
+        mark = "?" if value is None else "✓" if figure.reached(value) else "✗"
+        shown = "not measured" if value is None else f"{value:.3f}"
+        print(f"  {mark} {figure.label:<42} {shown:>12}   gate {figure.gate}, aim {figure.aim}")
+    print(f"\nTook {seconds / 60:.1f} minutes now; steps, in seconds: {json.dumps(board.seconds)}")
+    print(f"GLBs:          {out / 'samples'}")
+    print(f"Contact sheet: {out / 'r_precision' / 'contact_sheet.png'}")
+    print(f"Pipeline:      {out / 'denoiser' / 'pipeline'}")
+    print(f"Report:        {out / 'report.html'}")
+
+
+def main() -> None:
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(quickstart)
+    run_command(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The whole for inference: text and/or image → latents → fields, meshes, views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+from .autoencoder import Autoencoder
+from .conditioner import Conditioner, ImageFeatures, TextFeatures
+from .decoder import ImplicitField
+from .denoiser import Condition, Denoiser
+from .guidance import guided, sample_latents
+from .mesh import ExtractedMesh, extract_mesh
+
+__all__ = ["PipelineOutput", "ShapeloomPipeline", "condition_from"]
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """latents: [B, L, C] of the autoencoder; meshes: one an object (empty ones have no faces)."""
+
+    latents: torch.Tensor
+    meshes: list[ExtractedMesh]
+
+
+class ShapeloomPipeline(DiffusionPipeline):
+    """Text and/or image to 3D.
+
+    Example:
+        pipe = ShapeloomPipeline.from_pretrained("runs/quickstart/pipeline")
+        out = pipe(text=["a red cube"], seeds=[0])
+        out.meshes[0].vertices
+    """
+
+    model_cpu_offload_seq = "conditioner->denoiser->autoencoder"
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        denoiser: Denoiser,
+        conditioner: Conditioner,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            autoencoder=autoencoder, denoiser=denoiser, conditioner=conditioner, scheduler=scheduler
+        )
+
+    def __call__(
+        self,
+        text: list[str] | None = None,
+        image: list[Image.Image] | None = None,
+        seeds: list[int] | None = None,
+        *,
+        steps: int = 24,
+        text_guidance: float = 3.0,
+        image_guidance: float = 2.0,
+        resolution: int = 64,
+        on_step: Callable[[int], None] | None = None,
+    ) -> PipelineOutput:
+        """One object for each (text, image, seed) triple, taken side by side.
+
+        Args:
+            text, image: B each; either may be None.
+            seeds: B; an object depends on its own seed and condition only, never on its batch.
+            steps: network calls of the solver.
+            text_guidance, image_guidance: scales of the two conditions; 1 is no guidance.
+            resolution: mesh cells along each axis.
+        Raises: ValueError if there is neither text nor image, or their counts differ.
+        """
+        latents_BLC = self.generate_latents(
+            text,
+            image,
+            seeds,
+            steps=steps,
+            text_guidance=text_guidance,
+            image_guidance=image_guidance,
+            on_step=on_step,
+        )
+        return PipelineOutput(latents_BLC, extract_mesh(self.decode(latents_BLC), resolution))
+
+    @torch.inference_mode()
+    def generate_latents(
+        self,
+        text: list[str] | None,
+        image: list[Image.Image] | None,
+        seeds: list[int] | None = None,
+        *,
+        steps: int = 24,
+        text_guidance: float = 3.0,
+        image_guidance: float = 2.0,
+        on_step: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """As `__call__`, the latents alone: [B, L, C]."""
+        if not text and not image:
+            raise ValueError("give text, an image, or both: there is nothing to condition on")
+        count = len(text or image)
+        seeds = list(range(count)) if seeds is None else seeds
+        if len(seeds) != count or (text and image and len(text) != len(image)):
+            raise ValueError(
+                f"text, image and seeds go side by side, got {len(text or [])} texts, {len(image or [])} images "
+                f"and {len(seeds)} seeds"
+            )
+        condition = condition_from(
+            self.conditioner.encode_text(text) if text else None,
+            self.conditioner.encode_image(image) if image else None,
+            self.denoiser,
+        )
+        velocity = guided(self.denoiser, condition, text_scale=text_guidance, image_scale=image_guidance)
+        config = self.denoiser.config
+        noise_BLC = torch.stack(
+            [torch.randn(config.n_latents, config.channels, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        ).to(self.denoiser.device)
+        x_BLC = sample_latents(velocity, noise_BLC, self.scheduler, steps=steps, on_step=on_step)
+        return self.denoiser.restore(x_BLC)
+
+    @torch.inference_mode()
+    def decode(self, latents_BLC: torch.Tensor) -> ImplicitField:
+        """The implicit functions of latents [B, L, C]."""
+        return self.autoencoder.decode(latents_BLC.to(self.autoencoder.device))
+
+
+def condition_from(text: TextFeatures | None, image: ImageFeatures | None, denoiser: Denoiser) -> Condition:
+    """A batch's condition from what there is; the missing half is a single masked token of zeros."""
+    config = denoiser.config
+    some = (text or image).pooled
+    count, device = len(some), some.device
+
+    def flag(present: object) -> torch.Tensor:
+        return torch.full((count,), present is not None, device=device)
+
+    return Condition(
+        text_tokens=text.tokens if text else some.new_zeros(count, 1, config.text_width),
+        text_mask=text.mask if text else flag(None)[:, None],
+        text_pooled=text.pooled if text else some.new_zeros(count, config.pooled_width),
+        has_text=flag(text),
+        image_tokens=image.tokens if image else some.new_zeros(count, 1, config.image_width),
+        image_pooled=image.pooled if image else some.new_zeros(count, config.pooled_width),
+        has_image=flag(image),
+    )

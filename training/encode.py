@@ -1,0 +1,153 @@
+"""Stage: raw shards through the trained autoencoder and CLIP into latent shards; on all ranks, restartable.
+
+    accelerate launch -m shapeloom.training.encode --preset tiny --data raw/ --out latents/ \
+        autoencoder=runs/autoencoder/autoencoder clip=runs/clip/clip
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from ..checkpoints.clip import load_clip
+from ..checkpoints.folders import load_model_folder, publish_model
+from ..config import Config
+from ..data_pipes.latents import LatentSample, encode_latent_sample
+from ..data_pipes.loader import RawDataset, RawSample
+from ..data_pipes.render import composite
+from ..data_pipes.shards import LATENT_FORMAT, ShardInfo, ShardWriter, begin_folder, finished_shard, write_manifest
+from ..errors import UserError
+from ..files import read_json, write_atomic, write_json
+from ..models.autoencoder import Autoencoder
+from ..models.conditioner import Conditioner
+from ..models.hashing import weights_hash
+from ..progress import track
+from .autoencoder import surface_features
+
+__all__ = ["EncodeRun", "run"]
+
+
+class EncodeRun(Config):
+    data: str = ""
+    out: str = ""
+    autoencoder: str = ""  # folder of the trained autoencoder
+    clip: str = ""  # folder or open_clip name of the conditioner
+    n_surface: int = 4096  # surface points encoded, the first of each sample
+    n_views: int = 4  # views whose image features are kept
+    n_captions: int = 4  # captions whose text features are kept
+    shard_size: int = 512  # samples a shard; a restart loses at most one shard a rank
+    cpu: bool = False
+
+
+def run(config: EncodeRun, *, resume: str = "auto") -> None:
+    """Write the latent folder `config.out`; `resume` is always automatic, finished shards are kept."""
+    for name in ("autoencoder", "clip"):
+        if not getattr(config, name):
+            raise UserError(f"encode needs {name}=FOLDER, the {name} to encode with")
+    accelerator = Accelerator(cpu=config.cpu or not torch.cuda.is_available())
+    autoencoder = load_model_folder(Autoencoder, config.autoencoder).to(accelerator.device)
+    conditioner = load_clip(config.clip).to(accelerator.device)
+    data = RawDataset(config.data, parts=("surface", "lit"), cache_bytes=0)
+    out = Path(config.out)
+    settings = {
+        **config.model_dump(exclude={"data", "out", "autoencoder", "clip", "cpu"}),
+        "raw_hash": data.hash,
+        "autoencoder_hash": weights_hash(autoencoder),
+        "conditioner_hash": conditioner.weights_hash,
+    }
+    if accelerator.is_main_process:
+        begin_folder(out, format=LATENT_FORMAT, settings=settings)
+        publish_model(autoencoder, out / "autoencoder")
+        publish_model(conditioner, out / "conditioner")
+    accelerator.wait_for_everyone()
+    n_shards = -(-len(data) // config.shard_size)
+    mine = range(accelerator.process_index, n_shards, accelerator.num_processes)
+    for k in track(mine, description="encode") if accelerator.is_main_process else mine:
+        if finished_shard(out / f"shard-{k:05d}.tar") is None or not _sums_path(out, k).is_file():
+            chunk = range(k * config.shard_size, min((k + 1) * config.shard_size, len(data)))
+            write_shard(out, k, [data[i] for i in chunk], autoencoder, conditioner, config)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        finish(out, n_shards, settings)
+    accelerator.wait_for_everyone()
+
+
+def write_shard(
+    out: Path, k: int, samples: list[RawSample], autoencoder: Autoencoder, conditioner: Conditioner, config: EncodeRun
+) -> None:
+    """One shard and the sums its training latents add to the statistics. A bad asset is left out and reported."""
+    total_C = np.zeros(autoencoder.config.channels)
+    square_C, count, rejected = np.zeros_like(total_C), 0, []
+    with ShardWriter(out / f"shard-{k:05d}.tar") as writer:
+        for sample in samples:
+            latent = encode_one(sample, autoencoder, conditioner, config)
+            if not np.isfinite(latent.latent).all():
+                rejected.append({"uid": sample.uid, "reason": "its latent is not finite", "hint": "look at its surface"})
+                continue
+            split = sample.meta["split"]
+            kept = ("uid", "captions", "split", "category", "spec", "swaps", "view_dependent")
+            meta = {name: sample.meta[name] for name in kept if name in sample.meta}
+            writer.write(sample.uid, encode_latent_sample(latent, meta), split)
+            if split == "train":
+                total_C += latent.latent.sum(0, dtype=np.float64)
+                square_C += np.square(latent.latent, dtype=np.float64).sum(0)
+                count += len(latent.latent)
+    sums = {"sum": total_C.tolist(), "square": square_C.tolist(), "count": count, "rejected": rejected}
+    write_json(_sums_path(out, k), sums)
+
+
+@torch.inference_mode()
+def encode_one(
+    sample: RawSample, autoencoder: Autoencoder, conditioner: Conditioner, config: EncodeRun
+) -> LatentSample:
+    """An asset's latent and features. One at a time: its numbers never depend on who shares its batch."""
+    surface = surface_features(sample, slice(config.n_surface))
+    z_BLC = autoencoder.encode(torch.from_numpy(surface)[None].to(autoencoder.device))
+    text = conditioner.encode_text(sample.captions[: config.n_captions])
+    image = conditioner.encode_image(np.stack([composite(view) for view in sample.lit[: config.n_views]]))
+    return LatentSample(
+        uid=sample.uid,
+        latent=z_BLC[0].float().cpu().numpy(),
+        text_tokens=text.tokens.cpu().numpy(),
+        text_lengths=text.mask.sum(-1).cpu().numpy(),
+        text_pooled=text.pooled.cpu().numpy(),
+        image_tokens=image.tokens.cpu().numpy(),
+        image_pooled=image.pooled.cpu().numpy(),
+    )
+
+
+def finish(out: Path, n_shards: int, settings: dict[str, Any]) -> None:
+    """Merge the shards' sums into per-channel statistics and write the manifest."""
+    shards: list[ShardInfo] = []
+    parts: list[dict[str, Any]] = []
+    for k in range(n_shards):
+        info = finished_shard(out / f"shard-{k:05d}.tar")
+        if info is None:
+            raise UserError(f"{out}/shard-{k:05d}.tar was not finished by its rank; run encode again, it goes on")
+        shards.append(info)
+        parts.append(read_json(_sums_path(out, k), "latent sums"))
+    count = sum(part["count"] for part in parts)
+    if count == 0:
+        raise UserError(f"{out}: there is no training sample to take statistics from")
+    mean_C = np.sum([part["sum"] for part in parts], axis=0) / count
+    variance_C = np.sum([part["square"] for part in parts], axis=0) / count - mean_C**2
+    rejected = [row for part in parts for row in part["rejected"]]
+    write_atomic(out / "rejected.jsonl", "".join(json.dumps(row) + "\n" for row in rejected))
+    statistics = {"latent_mean": mean_C.tolist(), "latent_std": np.sqrt(np.maximum(variance_C, 1e-8)).tolist()}
+    counts = {"samples": sum(shard.samples for shard in shards), "rejected": len(rejected)}
+    write_manifest(out, format=LATENT_FORMAT, settings=settings, shards=shards, counts=counts, extra=statistics)
+
+
+def _sums_path(out: Path, k: int) -> Path:
+    return out / f"shard-{k:05d}.sums.json"
+
+
+if __name__ == "__main__":
+    from .stages import main
+
+    main("encode")
