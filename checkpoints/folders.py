@@ -1,4 +1,4 @@
-"""Model folders in diffusers' form (config.json and safetensors), written aside and renamed, read with clear messages."""
+"""Model folders in diffusers' form (config.json, safetensors): written aside and renamed, read with clear messages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def load_model_folder(cls: type[Model], folder: str | Path) -> Model:
         raise UserError(f"{folder}: the weights cannot be read ({reason})") from None
     missing = [*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if missing:
-        raise UserError(f"{folder}: weights and config do not match ({len(missing)} tensors, the first is {missing[0]})")
+        raise UserError(
+            f"{folder}: weights and config do not match ({len(missing)} tensors, the first is {missing[0]})"
+        )
     return model.eval()
 
 

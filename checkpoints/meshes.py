@@ -66,7 +66,9 @@ def _container(tree: bytes, buffer: bytes) -> bytes:
     buffer += b"\0" * (-len(buffer) % 4)
     total = 12 + 8 + len(tree) + 8 + len(buffer)
     head = struct.pack("<4sII", b"glTF", 2, total)
-    return b"".join([head, struct.pack("<I4s", len(tree), b"JSON"), tree, struct.pack("<I4s", len(buffer), b"BIN\0"), buffer])
+    return b"".join(
+        [head, struct.pack("<I4s", len(tree), b"JSON"), tree, struct.pack("<I4s", len(buffer), b"BIN\0"), buffer]
+    )
 
 
 def _vertex_normals(mesh: ExtractedMesh) -> np.ndarray:

@@ -28,7 +28,7 @@ def load(folder: str | Path) -> ShapeloomPipeline:
     """The pipeline of a folder, checked, in evaluation mode on the CPU.
 
     Raises: UserError if the folder is missing or damaged, holds pickles, or its parts do not belong together: a
-        denoiser makes latents of the one autoencoder, and understands the features of the one CLIP, it was trained with.
+        denoiser makes latents of the one autoencoder, and reads features of the one CLIP, it was trained with.
     """
     folder = Path(folder)
     refuse_pickles(folder)
@@ -43,7 +43,8 @@ def load(folder: str | Path) -> ShapeloomPipeline:
     if denoiser.config.autoencoder_hash != weights_hash(autoencoder):
         raise UserError(
             f"{folder}: its denoiser was trained on latents of another autoencoder "
-            f"(hash {denoiser.config.autoencoder_hash[:12]}); put that one back, or train the denoiser on this one's latents"
+            f"(hash {denoiser.config.autoencoder_hash[:12]}); put that one back, "
+            f"or train a denoiser on the latents of this one"
         )
     if denoiser.config.conditioner_hash != conditioner.weights_hash:
         raise UserError(

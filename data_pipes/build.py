@@ -34,7 +34,7 @@ from .captions import AssetText, caption_from_name, read_captions
 from .limits import Limits, Rejected
 from .read import SUFFIXES, read_mesh
 from .render import random_rig, render
-from .sampling import Solid, sample_field, sample_surface
+from .sampling import DENSE_SAMPLES, Solid, sample_field, sample_surface
 from .shards import (
     RAW_FORMAT,
     ShardInfo,
@@ -49,6 +49,7 @@ from .workers import Failed, isolated_map
 
 __all__ = ["BuildReport", "BuildSettings", "Guard", "build"]
 
+DENSE_RANGE = (4096, DENSE_SAMPLES)  # few points need no fine search for the nearest triangle
 RECIPE = 1  # counted up when the same settings give other bytes
 
 
@@ -57,22 +58,23 @@ class BuildSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n_surface: int = Field(16384, ge=1, description="points on the surface")
-    n_near: int = Field(8192, ge=0, description="signed distances near the surface")
-    n_uniform: int = Field(8192, ge=0, description="signed distances everywhere")
-    n_views: int = Field(8, ge=0, le=100, description="rendered views; the first half frontal")
-    image_size: int = Field(128, ge=1, le=4096, description="width and height of a view in pixels")
-    samples_per_axis: int = Field(2, ge=1, le=16, description="rays per pixel along each axis")
-    lit: bool = Field(True, description="store shaded views beside the unlit ones")
-    seed: int = Field(0, ge=0, description="of points and cameras")
-    shard_size: int = Field(64, ge=1, description="files per shard, rejected ones included")
+    n_surface: int = Field(default=16384, ge=1, description="points on the surface")
+    n_near: int = Field(default=8192, ge=0, description="signed distances near the surface")
+    n_uniform: int = Field(default=8192, ge=0, description="signed distances everywhere")
+    n_views: int = Field(default=8, ge=0, le=100, description="rendered views; the first half frontal")
+    image_size: int = Field(default=128, ge=1, le=4096, description="width and height of a view in pixels")
+    samples_per_axis: int = Field(default=2, ge=1, le=16, description="rays per pixel along each axis")
+    lit: bool = Field(default=True, description="store shaded views beside the unlit ones")
+    seed: int = Field(default=0, ge=0, description="of points and cameras")
+    shard_size: int = Field(default=64, ge=1, description="files per shard, rejected ones included")
 
 
 @dataclass(frozen=True)
 class Guard:
     """What one file may take before it is given up."""
 
-    timeout_s: float = 60.0
+    cpu_s: int = 60
+    wall_s: float = 600.0
     memory_bytes: int = 4 << 30
     limits: Limits = Limits()
 
@@ -90,6 +92,22 @@ class BuildReport:
     kept_shards: int
     seconds: float
     assets_per_second_per_worker: float | None = field(compare=False)
+
+    def __str__(self) -> str:
+        splits = ", ".join(f"{name} {self.splits[name]}" for name in ("train", "val", "test") if name in self.splits)
+        lines = [f"{self.samples} of {self.files} files built ({splits})"]
+        if self.assets_per_second_per_worker is not None:
+            lines[0] += f" in {self.seconds:.0f} s, {self.assets_per_second_per_worker:.2f} a second and worker"
+        if self.kept_shards:
+            lines.append(f"{self.kept_shards} shards were there already")
+        if self.captions_from_names:
+            lines.append(
+                f"{self.captions_from_names} captions were made of file names: give --captions for better ones"
+            )
+        if self.warnings:
+            lines.append(f"{self.warnings} files lost a texture or the like: see 'warnings' in their json")
+        lines += [f"rejected: {count} because {reason}" for reason, count in self.rejected_by_reason().items()]
+        return "\n".join(lines)
 
     def rejected_by_reason(self) -> dict[str, int]:
         """Reasons with their counts, most frequent first; numbers and names in them are left out."""
@@ -119,11 +137,11 @@ def build(
     folder: str | Path,
     out: str | Path,
     captions: str | Path | None = None,
-    settings: BuildSettings = BuildSettings(),
+    settings: BuildSettings | None = None,
     workers: int = 1,
     *,
     limit: int | None = None,
-    guard: Guard = Guard(),
+    guard: Guard | None = None,
 ) -> BuildReport:
     """Make raw shards of all 3D files under a folder. Run again after an interruption, it goes on where it was.
 
@@ -136,6 +154,7 @@ def build(
         else, or when not one file could be used.
     """
     folder, out = Path(folder), Path(out)
+    settings, guard = settings or BuildSettings(), guard or Guard()
     if workers < 1 or (limit is not None and limit < 1):
         raise UserError("workers and limit must be at least 1")
     files = _find(folder, out)
@@ -186,10 +205,13 @@ def _uids(files: list[str]) -> dict[str, str]:
     """A WebDataset key for each file: its path without suffix, plus a hash where that is not unique or too long."""
     plain = {file: re.sub(r"[^A-Za-z0-9_-]", "_", file.rpartition(".")[0].replace("/", "__")) for file in files}
     count = Counter(plain.values())
-    return {
-        file: uid if count[uid] == 1 and len(uid) <= 150 else f"{uid[:150]}-{hashlib.sha256(file.encode()).hexdigest()[:8]}"
-        for file, uid in plain.items()
-    }
+
+    def unique(file: str, uid: str) -> str:
+        if count[uid] == 1 and len(uid) <= 150:
+            return uid
+        return f"{uid[:150]}-{hashlib.sha256(file.encode()).hexdigest()[:8]}"
+
+    return {file: unique(file, uid) for file, uid in plain.items()}
 
 
 def _identity(folder: Path, files: list[str], texts: dict[str, AssetText], settings: BuildSettings) -> dict[str, Any]:
@@ -216,7 +238,7 @@ def _build_asset(job: _Job) -> _Built | Rejected:
     mesh, transform = mesh.normalised()
     settings = job.settings
     rng = np.random.Generator(np.random.Philox(key=_key(settings.seed, job.uid)))
-    solid = Solid(mesh)
+    solid = Solid(mesh, int(np.clip(4 * (settings.n_surface + settings.n_near), *DENSE_RANGE)))
     views = cameras = None
     if settings.n_views:
         cameras = random_rig(rng, settings.n_views, settings.image_size)
@@ -271,7 +293,12 @@ def _make_shards(
     jobs = [job for k in todo for job in chunks[k]]
     started = time.monotonic()
     results = isolated_map(
-        _build_asset, jobs, workers=workers, timeout_s=guard.timeout_s, memory_bytes=guard.memory_bytes
+        _build_asset,
+        jobs,
+        workers=workers,
+        cpu_s=guard.cpu_s,
+        wall_s=guard.wall_s,
+        memory_bytes=guard.memory_bytes,
     )
     total = sum(len(chunk) for chunk in chunks)
     with Bar(total, "building", start=total - len(jobs)) as bar:
@@ -283,7 +310,7 @@ def _make_shards(
 def _make_shard(
     out: Path, k: int, chunk: list[_Job], results: Iterator[_Built | Rejected | Failed], bar: Bar
 ) -> dict[str, Any]:
-    """Write shard k and its part; a shard without samples is not written."""
+    """Write shard k and its part (a shard without samples is left out of the manifest)."""
     part: dict[str, Any] = {"samples": [], "rejected": [], "shard": None}
     with ShardWriter(_shard_path(out, k)) as writer:
         for job in chunk:
@@ -362,6 +389,7 @@ def _write_summary(out: Path, parts: list[dict[str, Any]], report: BuildReport, 
     shards: list[ShardInfo] = [part["shard"] for part in parts if part["samples"]]
     counts = {"samples": report.samples, **report.splits, "rejected": len(report.rejected)}
     extra = {"captions_from_names": report.captions_from_names}
+    complete = report.samples > 0
     write_manifest(
-        out, format=RAW_FORMAT, settings=identity, shards=shards, counts=counts, extra=extra, complete=bool(report.samples)
+        out, format=RAW_FORMAT, settings=identity, shards=shards, counts=counts, extra=extra, complete=complete
     )

@@ -106,14 +106,14 @@ class Mesh:
             (self.faces, len(self.vertices), "faces"),
             (self.face_material, len(self.materials), "face_material"),
         ):
-            if indices.size and not (0 <= indices.min() and indices.max() < limit):
+            if indices.size and not (indices.min() >= 0 and indices.max() < limit):
                 raise ValueError(f"{name} must lie in [0, {limit}), got [{indices.min()}, {indices.max()}]")
 
     def _set(self, name: str, dtype: type, shape: tuple[int, ...]) -> None:
         value = getattr(self, name)
         if value is None:
             return
-        array = np.ascontiguousarray(value, dtype)
+        array: np.ndarray = np.ascontiguousarray(value, dtype)
         if array.shape != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(array.shape)}")
         object.__setattr__(self, name, array)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import trimesh
+from trimesh.resolvers import Resolver
 
 from .gltf import read_gltf
 from .limits import Limits, Rejected, Sidecars
@@ -23,7 +25,7 @@ SUFFIXES = (".glb", ".gltf", ".obj", ".off", ".ply", ".stl")
 
 
 def read_mesh(
-    path: str | Path, limits: Limits = Limits(), *, root: str | Path | None = None, warnings: list[str] | None = None
+    path: str | Path, limits: Limits | None = None, *, root: str | Path | None = None, warnings: list[str] | None = None
 ) -> Mesh:
     """Read a GLB, glTF, OBJ, OFF, PLY or STL file.
 
@@ -35,6 +37,7 @@ def read_mesh(
     Raises: Rejected, with a reason and a hint.
     """
     path = Path(path)
+    limits = limits or Limits()
     warnings = [] if warnings is None else warnings
     data = _bytes(path, limits)
     sidecars = Sidecars(path, None if root is None else Path(root), limits)
@@ -58,7 +61,7 @@ def _bytes(path: Path, limits: Limits) -> bytes:
         limits.check("bytes", size, limits.file_bytes)
         data = path.read_bytes()
     except OSError as error:
-        raise Rejected(f"it cannot be read ({error.strerror or error})", "check that it exists and may be read") from None
+        raise Rejected(f"it cannot be read ({error.strerror or error})", "check that it may be read") from None
     if data.startswith(b"version https://git-lfs"):
         raise Rejected("it is a Git LFS pointer, not the file itself", "run `git lfs pull`")
     return data
@@ -78,8 +81,6 @@ def _checked(mesh: Mesh, limits: Limits) -> Mesh:
 
 
 def _read_by_trimesh(data: bytes, kind: str, sidecars: Sidecars, limits: Limits, warnings: list[str]) -> Mesh:
-    import trimesh
-
     if kind == "obj":
         data = _utf8(data)
     if kind == "stl":
@@ -96,7 +97,8 @@ def _read_by_trimesh(data: bytes, kind: str, sidecars: Sidecars, limits: Limits,
     except MemoryError:
         raise Rejected("it needs more memory than allowed", "simplify it or leave it out") from None
     except Exception as error:  # trimesh raises whatever its parsers meet
-        raise Rejected(f"its {kind.upper()} data cannot be read ({type(error).__name__}: {str(error)[:120]})") from error
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise Rejected(f"its {kind.upper()} data cannot be read ({what})") from error
     if not parts:
         raise Rejected("it has no triangles", "export the meshes too, as triangles")
     textures: dict[int, Material] = {}
@@ -133,7 +135,6 @@ def _check_stl(data: bytes, limits: Limits) -> None:
 
 def _resolver(sidecars: Sidecars, warnings: list[str]) -> Any:
     """What trimesh asks for material and texture files."""
-    from trimesh.resolvers import Resolver
 
     class _Resolver(Resolver):
         def __init__(self) -> None:
@@ -158,9 +159,7 @@ def _resolver(sidecars: Sidecars, warnings: list[str]) -> Any:
     return _Resolver()
 
 
-def _from_trimesh(
-    part: Any, textures: dict[int, Material], pixels_left: int, warnings: list[str]
-) -> tuple[Mesh, int]:
+def _from_trimesh(part: Any, textures: dict[int, Material], pixels_left: int, warnings: list[str]) -> tuple[Mesh, int]:
     """One trimesh geometry; its colours are sRGB, its texture coordinates grow upwards."""
     vertices, faces = np.asarray(part.vertices), np.asarray(part.faces)
     if faces.min() < 0 or faces.max() >= len(vertices):

@@ -1,4 +1,4 @@
-"""Runs a function on many inputs in worker processes that may hang, run out of memory or die, one input's loss at most."""
+"""Runs a function on many inputs in worker processes that may hang, run out of memory or die: one input is lost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Failed", "isolated_map"]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 _START_S = 120  # what a worker may take to import
 
 
@@ -29,26 +29,34 @@ class Failed:
 
 
 def isolated_map(
-    function: Callable[[Job], Result], jobs: Sequence[Job], *, workers: int, timeout_s: float, memory_bytes: int
+    function: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    *,
+    workers: int,
+    cpu_s: int,
+    wall_s: float,
+    memory_bytes: int,
 ) -> Iterator[Result | Failed]:
     """Results of `function` in the order of `jobs`, each computed in one of `workers` spawned processes.
 
-    A job that takes longer than `timeout_s`, needs more than `memory_bytes` of address space (where the system can
-    limit it) or kills its process gives `Failed`; its worker is replaced and the rest goes on. An exception that
-    `function` raises gives `Failed` too.
+    A job that goes over a limit or kills its process gives `Failed`; its worker is replaced and the rest goes on. An
+    exception that `function` raises gives `Failed` too.
 
     Args:
         function: importable by name (processes are spawned, not forked).
+        cpu_s: processor time of one job in whole seconds, so that a busy machine fails no job that a quiet one does.
+        wall_s: time of one job by the clock, against sleeping and stuck ones.
+        memory_bytes: address space of a worker. This and `cpu_s` hold only where the system can limit them (POSIX).
     """
     window = max(16, 4 * workers)  # results waiting for their turn are held in memory
-    pool = [_Worker(function, memory_bytes) for _ in range(min(workers, len(jobs)))]
+    pool = [_Worker(function, cpu_s, wall_s, memory_bytes) for _ in range(min(workers, len(jobs)))]
     results: dict[int, Result | Failed] = {}
     next_job = next_result = 0
     try:
         while next_result < len(jobs):
             for worker in pool:
                 if worker.job is None and next_job < min(len(jobs), next_result + window):
-                    worker.give(next_job, jobs[next_job], timeout_s)
+                    worker.give(next_job, jobs[next_job])
                     next_job += 1
             for worker in pool:
                 if worker.job is not None and (result := worker.poll()) is not None:
@@ -74,8 +82,8 @@ class _Answer(Generic[Result]):
 class _Worker:
     """One process and the job it has."""
 
-    def __init__(self, function: Callable[[Any], Any], memory_bytes: int) -> None:
-        self._function, self._memory_bytes = function, memory_bytes
+    def __init__(self, function: Callable[[Any], Any], cpu_s: int, wall_s: float, memory_bytes: int) -> None:
+        self._function, self._cpu_s, self._wall_s, self._memory_bytes = function, cpu_s, wall_s, memory_bytes
         self.job: int | None = None
         self.deadline = 0.0
         self._start()
@@ -84,35 +92,36 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(self._function, theirs, self._memory_bytes), daemon=True, name="shapeloom-data"
+            target=_serve,
+            args=(self._function, theirs, self._cpu_s, self._memory_bytes),
+            daemon=True,
+            name="shapeloom-data",
         )
         with _environment(_ONE_THREAD):
             self._process.start()
         theirs.close()
         self._fresh = True
 
-    def give(self, index: int, job: Any, timeout_s: float) -> None:
-        self.job, self._timeout_s = index, timeout_s
-        self.deadline = time.monotonic() + timeout_s + (_START_S if self._fresh else 0)
-        try:
+    def give(self, index: int, job: Any) -> None:
+        self.job = index
+        self.deadline = time.monotonic() + self._wall_s + (_START_S if self._fresh else 0)
+        with contextlib.suppress(OSError):  # it died while idle; poll() finds out and says so
             self.connection.send(job)
-        except OSError:  # it died while idle; poll() finds out and says so
-            pass
 
     def poll(self) -> _Answer | None:
         """What came of the job, or None while it is being worked on."""
         try:
             while self.connection.poll():
                 message = self.connection.recv()
-                if message is _READY or message == _READY:  # the start is over, the job's own time begins
+                if not isinstance(message, _Answer):  # the start is over, the job's own time begins
                     self._fresh = False
-                    self.deadline = time.monotonic() + self._timeout_s
+                    self.deadline = time.monotonic() + self._wall_s
                     continue
-                return _Answer(message)
+                return message
         except (EOFError, OSError):
-            return self._replace(f"the process that read it died ({self._cause()})")
+            return self._replace(self._cause())
         if time.monotonic() > self.deadline:
-            return self._replace(f"it took longer than {self._timeout_s:g} s")
+            return self._replace(f"it took longer than {self._wall_s:g} s")
         return None
 
     def _replace(self, reason: str) -> _Answer:
@@ -123,10 +132,13 @@ class _Worker:
     def _cause(self) -> str:
         self._process.join(5)
         code = self._process.exitcode
+        name = f"exit code {code}"
         if code is not None and code < 0:
             with contextlib.suppress(ValueError):
-                return signal.Signals(-code).name
-        return f"exit code {code}"
+                name = signal.Signals(-code).name
+        if name == "SIGXCPU":
+            return f"it took longer than {self._cpu_s} s of processor time"
+        return f"the process that read it died ({name})"
 
     def stop(self) -> None:
         self._process.kill()
@@ -134,31 +146,31 @@ class _Worker:
         self.connection.close()
 
 
-_READY = "ready"
-
-
-def _serve(function: Callable[[Any], Any], connection: Connection, memory_bytes: int) -> None:
+def _serve(function: Callable[[Any], Any], connection: Connection, cpu_s: int, memory_bytes: int) -> None:
     """The life of a worker: jobs in, results out, until the parent closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    _limit_memory(memory_bytes)
+    _limit("RLIMIT_AS", memory_bytes)
     with contextlib.suppress(EOFError, OSError):
-        connection.send(_READY)
+        connection.send("ready")
         while True:
             job = connection.recv()
+            _limit("RLIMIT_CPU", int(time.process_time()) + 1 + cpu_s)
             try:
-                answer = function(job)
+                value = function(job)
             except MemoryError:
-                answer = Failed(f"it needs more than {memory_bytes / 2**30:.3g} GB of memory")
+                value = Failed(f"it needs more than {memory_bytes / 2**30:.3g} GB of memory")
             except Exception as error:
-                answer = Failed(f"reading it failed with {type(error).__name__}: {' '.join(str(error).split())[:160]}")
-            connection.send(answer)
+                value = Failed(f"reading it failed with {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+            connection.send(_Answer(value))
 
 
-def _limit_memory(limit_bytes: int) -> None:
-    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system can
+def _limit(name: str, most: int) -> None:
+    """Lower one of this process's soft limits, where the system has it."""
+    with contextlib.suppress(ImportError, AttributeError, ValueError, OSError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+        kind = getattr(resource, name)
+        resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
 
 
 @contextlib.contextmanager

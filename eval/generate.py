@@ -46,7 +46,7 @@ class Request:
 
 
 def generate(
-    pipe: ShapeloomPipeline, requests: Sequence[Request], *, batch_size: int = 32, **settings: Any
+    pipe: ShapeloomPipeline, requests: Sequence[Request], *, batch_size: int = 16, **settings: Any
 ) -> Iterator[np.ndarray]:
     """Latents f32 [B, L, C] of one batch of requests after the other, in their order.
 
@@ -74,7 +74,7 @@ def generate_batch(
     pipe: ShapeloomPipeline,
     requests: Sequence[Request],
     *,
-    batch_size: int = 32,
+    batch_size: int = 16,
     resolution: int = 64,
     description: str = "sampling",
     **settings: Any,

@@ -28,7 +28,6 @@ from scipy.spatial import cKDTree
 from ..data_pipes.contact_sheet import write_png
 from ..data_pipes.raw_sample import decode_field
 from ..data_pipes.render import composite, render
-from ..data_pipes.sampling import sample_surface
 from ..data_pipes.shards import ShardFolder
 from ..errors import UserError
 from ..files import write_atomic, write_json
@@ -45,7 +44,7 @@ from .sheets import Cell, contact_sheet
 from .statistics import cluster_bootstrap
 from .stored import ENCODED_POINTS, frontal_pictures, surface_rows
 
-__all__ = ["chamfer_and_f_scores", "iou", "run"]
+__all__ = ["chamfer_and_f_scores", "iou", "points_on", "run"]
 
 RESULTS_FORMAT = "shapeloom-reconstruction/1"
 THRESHOLDS = (0.02, 0.05)
@@ -140,6 +139,16 @@ def chamfer_and_f_scores(
     return float((there_N.mean() + back_N.mean()) / 2), scores
 
 
+def points_on(triangles_F33: np.ndarray, n_points: int, rng: np.random.Generator) -> np.ndarray:
+    """Points drawn uniformly by area from triangles, [N, 3]; all surfaces count, inner ones too."""
+    origin_F3, u_F3, v_F3 = triangles_F33[:, 0], *(triangles_F33[:, k] - triangles_F33[:, 0] for k in (1, 2))
+    areas_F = np.linalg.norm(np.cross(u_F3, v_F3), axis=1).astype(np.float64)
+    face_N = rng.choice(len(areas_F), size=n_points, p=areas_F / areas_F.sum())
+    a_N1, b_N1 = rng.random((2, n_points, 1))
+    a_N1, b_N1 = np.where(a_N1 + b_N1 > 1, (1 - a_N1, 1 - b_N1), (a_N1, b_N1))  # the far half of the square, folded
+    return origin_F3[face_N] + a_N1 * u_F3[face_N] + b_N1 * v_F3[face_N]
+
+
 @torch.inference_mode()
 def _score_one(
     model: Autoencoder, folder: ShardFolder, index: int, resolution: int
@@ -150,7 +159,7 @@ def _score_one(
     field = model.decode(model.encode(torch.from_numpy(surface_N9)[None].to(model.device)))
     mesh = extract_mesh(field, resolution)[0]
     stored = decode_field(folder.read(index, ["field.npz"])["field.npz"], f"{uid}.field.npz")
-    n_near = folder.read_json(index).get("n_near", folder.manifest["settings"].get("n_near"))
+    n_near = folder.manifest["settings"].get("n_near")  # they come first
     if n_near is None or n_near >= len(stored["sdf"]):
         raise UserError(f"sample {uid} in {folder.folder} has no uniform field points; build the data with them")
     rgb_N3 = field(torch.from_numpy(surface_N9[None, :, :3]).to(model.device)).rgb_BP3[0].cpu().numpy()
@@ -163,9 +172,7 @@ def _score_one(
         "empty": is_empty(mesh),
     }
     if not scores["empty"]:
-        rng = np.random.default_rng(0)
-        n_points = len(surface_N9)
-        drawn_N3 = sample_surface(to_mesh(mesh), n_points, rng).xyz
+        drawn_N3 = points_on(mesh.vertices[mesh.faces], len(surface_N9), np.random.default_rng(0))
         scores["chamfer"], f_scores = chamfer_and_f_scores(surface_N9[:, :3], drawn_N3)
         scores |= {f"f@{threshold}": score for threshold, score in zip(THRESHOLDS, f_scores, strict=True)}
     return scores, mesh

@@ -60,7 +60,9 @@ def parse_seeds(text: str) -> list[int]:
 # --- options that several verbs share --------------------------------------------------------------------------------
 
 Workers = Annotated[int, typer.Option(min=1, help="Processes to use.", show_default="all cores")]
-Preset = Annotated[str | None, typer.Option(help="A preset's name, or a YAML file of that form.")]
+Preset = Annotated[
+    str | None, typer.Option(help="A preset's name, or a YAML file of that form; tiny:judge takes that section.")
+]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML or JSON over the preset, such as a run's config.json.")
 ]
@@ -137,12 +139,15 @@ def data_procedural(
 ) -> None:
     """Make the procedural reference set: objects of coloured primitives, with exact distances, views and captions.
 
-    A preset's section "data" is read first, then the options, then KEY=VALUE."""
+    A preset's section "data" (tiny:judge_data: another) is read first, then the options, then KEY=VALUE."""
     from ..config import load_config
     from ..data_pipes.procedural import ProceduralSettings, generate
 
     options = {"level": level, "count": count, "seed": seed}
-    settings = load_config(ProceduralSettings, preset, "data", overrides=overrides or [], values=options)
+    name, _, section = (preset or "").partition(":")
+    settings = load_config(
+        ProceduralSettings, name or None, section or "data", overrides=overrides or [], values=options
+    )
     print(generate(out, settings, workers))
 
 

@@ -1,4 +1,4 @@
-"""The main job: data → CLIPs → autoencoder → latents → denoiser → R-precision → report, two one-thread chains at a time.
+"""The main job: data → CLIPs → autoencoder → latents → denoiser → R-precision → report, in two one-thread chains.
 
 Every step is a command of its own that goes on where it was, so a stopped quickstart is simply started again.
 """
@@ -38,11 +38,11 @@ LINE = re.compile(r"^(?P<what>.*?): (?P<done>\d+)/(?P<total>\d+)  (?P<rest>.*)$"
 
 @dataclass
 class Step:
-    """One command. `threads` of torch; steps in one chain follow each other."""
+    """One command of one thread. Steps of a chain follow each other; `needs` names steps to wait for."""
 
     name: str
     arguments: list[str]
-    threads: int = 1
+    needs: tuple[str, ...] = ()
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Board:
         began = time.monotonic()
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": str(step.threads),
+            "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
             "SHAPELOOM_PROGRESS_EVERY": "1" if self.console.is_terminal else "10",
@@ -77,7 +77,9 @@ class Board:
         command = [sys.executable, "-m", "shapeloom", *step.arguments]
         with open(log, "a") as file:
             file.write(f"$ shapeloom {' '.join(step.arguments)}\n")
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            )
             assert process.stdout is not None
             last = ""
             try:
@@ -108,15 +110,19 @@ class Board:
     def chains(self, *chains: list[Step]) -> None:
         """Run chains side by side. Raises the first failure, after the other chains' steps have ended."""
         failures: list[BaseException] = []
+        ended = {step.name: threading.Event() for chain in chains for step in chain}
 
         def follow(chain: list[Step]) -> None:
             for step in chain:
-                if failures:
-                    return
                 try:
-                    self.run(step)
+                    for name in step.needs:
+                        ended[name].wait()
+                    if not failures:
+                        self.run(step)
                 except BaseException as error:
                     failures.append(error)
+                finally:
+                    ended[step.name].set()
 
         threads = [threading.Thread(target=follow, args=(chain,)) for chain in chains]
         for thread in threads:
@@ -152,23 +158,26 @@ def run_steps(board: Board, out: Path, preset: str, settings: dict[str, Any]) ->
         chosen = preset if name == stage else f"{preset}:{name}"
         return Step(name, ["train", stage, "--preset", chosen, "--data", data, "--out", str(out / name)])
 
+    models = [f"autoencoder={autoencoder}", f"clip={clip}"]
+    texts = [word for caption in CAPTIONS for word in ("--text", caption)]
+    reconstruct = ["eval", "reconstruction", autoencoder, "--data", raw, "--out", str(out / "reconstruction")]
+    score = ["eval", "r-precision", pipeline, "--data", raw, "--judge", judge, "--out", str(out / "r_precision")]
+
     board.run(Step("data", procedural(settings.get("data", {}), raw)))
     board.run(Step("judge-data", procedural(settings.get("judge_data", {}), judge_raw)))
     board.chains(
         [
             train("autoencoder", "autoencoder", raw),
-            Step("reconstruction", ["eval", "reconstruction", autoencoder, "--data", raw, "--out", str(out / "reconstruction")]),
+            Step("reconstruction", reconstruct),
+            Step("encode", ["encode", "--preset", preset, "--data", raw, "--out", latents, *models], needs=("clip",)),
+            train("denoiser", "denoiser", latents),
         ],
         [train("clip", "clip", raw), train("clip", "judge", judge_raw)],
     )
-    models = [f"autoencoder={autoencoder}", f"clip={clip}"]
-    board.run(Step("encode", ["encode", "--preset", preset, "--data", raw, "--out", latents, *models], threads=2))
-    board.run(Step("denoiser", train("denoiser", "denoiser", latents).arguments, threads=2))
-    texts = [word for caption in CAPTIONS for word in ("--text", caption)]
     board.chains(
-        [Step("r-precision", ["eval", "r-precision", pipeline, "--data", raw, "--judge", judge, "--out", str(out / "r_precision")])],
+        [Step("r-precision", score)],
         [Step("samples", ["sample", pipeline, *texts, "--seeds", "0-1", "--out", str(out / "samples")])],
-    )  # fmt: skip
+    )
 
 
 def procedural(settings: dict[str, Any], out: str) -> list[str]:

@@ -70,13 +70,15 @@ class Autoencoder(ModelMixin, ConfigMixin):
         """Latents in [-1, 1], [B, L, C], to B implicit functions."""
         return self.decoder(z_BLC)
 
-    def forward(self, surface_BN9: torch.Tensor, noise_BLC: torch.Tensor, level_B: torch.Tensor) -> ImplicitField:
-        """Encode, add noise as in training, decode.
+    def forward(
+        self, surface_BN9: torch.Tensor, noise_BLC: torch.Tensor, level_B: torch.Tensor
+    ) -> tuple[ImplicitField, torch.Tensor]:
+        """Encode, add noise as in training, decode. Returns the field and the latent before its tanh, [B, L, C].
 
         Args:
             noise_BLC: standard normal.
             level_B: in [0, 1]; times the config's `latent_noise` it is each asset's standard deviation.
         """
-        z_BLC = self.encode(surface_BN9)
+        raw_BLC = self.encoder(surface_BN9)
         sigma_B11 = self.config.latent_noise * level_B[:, None, None]
-        return self.decode(z_BLC + sigma_B11 * noise_BLC)
+        return self.decode(torch.tanh(raw_BLC) + sigma_B11 * noise_BLC), raw_BLC

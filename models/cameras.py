@@ -84,12 +84,12 @@ class Cameras:
         return cls(np.array(fields["camera_to_world"]), np.array(fields["focal"]), fields["width"], fields["height"])
 
 
-def look_at(position_3: np.ndarray, target_3: np.ndarray = np.zeros(3)) -> np.ndarray:
-    """Camera-to-world [4, 4] at `position_3` looking at `target_3`, image up along +Y.
+def look_at(position_3: np.ndarray) -> np.ndarray:
+    """Camera-to-world [4, 4] at `position_3` looking at the origin, image up along +Y.
 
     Looking straight up or down, the image's up is -Z or +Z.
     """
-    back = np.asarray(position_3, np.float64) - target_3
+    back = np.array(position_3, np.float64)
     back /= np.linalg.norm(back)
     up = np.array([0.0, 1.0, 0.0]) if abs(back[1]) < 0.9999 else np.array([0.0, 0.0, -np.sign(back[1])])
     right = np.cross(up, back)

@@ -17,7 +17,7 @@ __all__ = ["FieldValues", "ImplicitDecoder", "ImplicitField"]
 
 N_GENERATED = 3  # weight matrices made from the latent; the last two layers are shared by all assets
 
-# The last layer gives distances in this unit (object frame): at 1, losses that are sharp in distance drown the colours'.
+# The last layer gives distances in this unit (object frame): at 1, losses sharp in distance drown those of colour.
 SDF_UNIT = 0.1
 
 

@@ -21,7 +21,7 @@ CHUNK = 1 << 16  # points a call of the field; more only costs memory
 
 @dataclass(frozen=True)
 class ExtractedMesh:
-    """vertices_V3 in the object frame, faces_F3 wound outward, rgb_V3 sRGB in [0, 1]; no faces if there is no surface."""
+    """vertices [V, 3] in the object frame, faces [F, 3] wound outward, rgb [V, 3] sRGB; no faces without a surface."""
 
     vertices: np.ndarray
     faces: np.ndarray
@@ -70,8 +70,8 @@ def _sdf_lattice(field: ImplicitField, resolution: int) -> np.ndarray:
     volume = torch.nn.functional.interpolate(
         coarse_nnn, size=(resolution + 1,) * 3, mode="trilinear", align_corners=True
     )[0, 0]
-    # A lattice point is evaluated with its nearest coarse one. Where a cell crosses the surface, a true distance at that
-    # coarse point is at most half a block's diagonal and one cell's; learned distances are a little steeper.
+    # A lattice point is evaluated if its nearest coarse one is near: where a cell crosses the surface, a true distance
+    # there is at most half a block's diagonal and one cell's. Learned distances are a little steeper, hence 1.25.
     reach = 1.25 * (BLOCK / 2 + 1) * (2 / resolution) * 3**0.5
     near = (coarse_nnn.abs() < reach).float()
     index = (torch.arange(resolution + 1, device=field.device) + BLOCK // 2) // BLOCK

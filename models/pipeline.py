@@ -46,9 +46,7 @@ class ShapeloomPipeline(DiffusionPipeline):
         scheduler: FlowMatchEulerDiscreteScheduler,
     ) -> None:
         super().__init__()
-        self.register_modules(
-            autoencoder=autoencoder, denoiser=denoiser, conditioner=conditioner, scheduler=scheduler
-        )
+        self.register_modules(autoencoder=autoencoder, denoiser=denoiser, conditioner=conditioner, scheduler=scheduler)
 
     def __call__(
         self,

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trimesh
+
 from shapeloom.data_pipes import build as build_module
-from shapeloom.data_pipes.build import BuildSettings, Guard, build
+from shapeloom.data_pipes.build import BuildSettings, build
 from shapeloom.data_pipes.captions import caption_from_name, read_captions
 from shapeloom.data_pipes.shards import ShardFolder
 from shapeloom.data_pipes.workers import Failed, isolated_map
@@ -62,6 +63,8 @@ def test_good_files_are_built_and_the_broken_one_is_set_aside(folder: Path, tmp_
     report = build(folder, tmp_path / "raw", captions, SMALL)
     assert (report.files, report.samples, report.captions_from_names) == (6, 5, 3)
     assert [entry["file"] for entry in report.rejected] == ["broken.glb"]
+    assert "5 of 6 files" in str(report) and "3 captions were made of file names" in str(report)
+    assert "1 because it is cut short" in str(report)
     (line,) = (tmp_path / "raw" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line) == report.rejected[0] and "cut short" in json.loads(line)["reason"]
 
@@ -215,13 +218,16 @@ def test_uids_are_keys_that_never_collide() -> None:
 
 
 def misbehave(job: str) -> str:
-    """For a worker: dies, hangs, eats memory or raises, as told."""
+    """For a worker: dies, hangs, spins, eats memory or raises, as told."""
     if job == "die":
         os.abort()
     if job == "leave":
         os._exit(3)
     if job == "hang":
         time.sleep(600)
+    if job == "spin":
+        while True:
+            pass
     if job == "eat":
         np.ones(1 << 33)
     if job == "raise":
@@ -230,17 +236,21 @@ def misbehave(job: str) -> str:
 
 
 def test_a_lost_worker_costs_its_own_job_and_no_more() -> None:
-    jobs = ["a", "die", "b", "hang", "raise", "c", "eat", "leave", "d"]
-    results = list(isolated_map(misbehave, jobs, workers=2, timeout_s=1.0, memory_bytes=4 << 30))
+    jobs = ["a", "die", "b", "hang", "raise", "c", "eat", "leave", "spin", "d"]
+    results = list(isolated_map(misbehave, jobs, workers=2, cpu_s=1, wall_s=8, memory_bytes=4 << 30))
     assert [r for r in results if isinstance(r, str)] == ["A", "B", "C", "D"]
     reasons = {job: r.reason for job, r in zip(jobs, results) if isinstance(r, Failed)}
-    assert "SIGABRT" in reasons["die"] and "exit code 3" in reasons["leave"] and "longer than 1 s" in reasons["hang"]
+    assert "SIGABRT" in reasons["die"] and "exit code 3" in reasons["leave"] and "longer than 8 s" in reasons["hang"]
+    assert "1 s of processor time" in reasons["spin"]
     assert "on purpose" in reasons["raise"] and "memory" in reasons["eat"]
 
 
-def test_a_file_that_takes_too_long_is_set_aside(folder: Path, tmp_path: Path) -> None:
-    slow = trimesh.creation.icosphere(7)
-    slow.export(folder / "slow.obj")
-    report = build(folder, tmp_path / "raw", settings=SMALL, guard=Guard(timeout_s=1.0))
+def test_a_file_whose_worker_is_lost_is_set_aside(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    def lose_one(function, jobs, **_):
+        return (Failed("it took too long") if job.file == "cone.ply" else function(job) for job in jobs)
+
+    monkeypatch.setattr(build_module, "isolated_map", lose_one)
+    report = build(folder, tmp_path / "raw", settings=SMALL)
     reasons = {entry["file"]: entry["reason"] for entry in report.rejected}
-    assert "longer than 1 s" in reasons["slow.obj"] and report.samples >= 4
+    assert reasons["cone.ply"] == "it took too long" and len(reasons) == 2 and report.samples == 4
+    assert report.rejected_by_reason()["it took too long"] == 1

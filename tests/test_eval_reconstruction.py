@@ -13,7 +13,7 @@ import torch
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
 from shapeloom.errors import UserError
 from shapeloom.eval import reconstruction
-from shapeloom.eval.reconstruction import chamfer_and_f_scores, iou, run
+from shapeloom.eval.reconstruction import chamfer_and_f_scores, iou, points_on, run
 from shapeloom.models.autoencoder import Autoencoder
 
 
@@ -55,6 +55,16 @@ def test_iou_of_overlapping_boxes():
     assert iou(BoxField([0.25, 0.5, 0.5]), points, truth) == pytest.approx(0.5)
     assert iou(BoxField([-1.0, -1.0, -1.0]), points, truth) == 0.0
     assert iou(BoxField([-1.0, -1.0, -1.0]), points, np.ones(len(points))) == 1.0
+
+
+def test_points_are_uniform_by_area():
+    small = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0]], np.float32)
+    large = small * [3, 1, 1] + [0, 0, 1]
+    points = points_on(np.stack([small, large]).astype(np.float32), 40_000, np.random.default_rng(0))
+    above = points[:, 2] > 0.5
+    assert above.mean() == pytest.approx(0.75, abs=0.01)
+    assert (points >= -1e-6).all() and (points[~above, :2].sum(1) <= 1 + 1e-6).all()
+    np.testing.assert_allclose(points[above].mean(0), [1, 1 / 3, 1], atol=0.02)
 
 
 @pytest.fixture(scope="module")

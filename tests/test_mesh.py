@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import trimesh
 from PIL import Image
+
 from shapeloom.data_pipes.mesh import Material, Mesh, linear_to_srgb, merge, srgb_to_linear
 from shapeloom.data_pipes.read import Limits, Rejected, read_mesh
 from shapeloom.data_pipes.workers import Failed, isolated_map
@@ -135,9 +136,7 @@ class GltfFile:
     def values(self, array: np.ndarray, **more: Any) -> int:
         kinds = {"f": 5126, "B": 5121, "H": 5123, "I": 5125}
         columns = {1: "SCALAR", 2: "VEC2", 3: "VEC3", 4: "VEC4", 16: "MAT4"}[array.reshape(len(array), -1).shape[1]]
-        self.header["bufferViews"].append(
-            {"buffer": 0, "byteOffset": len(self.data), "byteLength": array.nbytes}
-        )
+        self.header["bufferViews"].append({"buffer": 0, "byteOffset": len(self.data), "byteLength": array.nbytes})
         self.data += array.tobytes() + b"\0" * (-array.nbytes % 4)
         self.header["accessors"].append(
             {
@@ -209,7 +208,8 @@ def test_a_skinned_mesh_is_at_rest(tmp_path: Path) -> None:
         "JOINTS_0": gltf.values(np.array([[0, 1, 0, 0]] * 3, np.uint8)),
         "WEIGHTS_0": gltf.values(np.array([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [np.nan] * 4], np.float32)),
     }
-    gltf.header["skins"] = [{"joints": [1, 2], "inverseBindMatrices": gltf.values(np.stack([inverse] * 2).reshape(2, 16))}]
+    matrices = gltf.values(np.stack([inverse] * 2).reshape(2, 16))
+    gltf.header["skins"] = [{"joints": [1, 2], "inverseBindMatrices": matrices}]
     gltf.header["nodes"] = [
         {"mesh": 0, "skin": 0, "translation": [50, 0, 0]},  # which does not count for a skinned mesh
         {"translation": [0, 1, 0]},
@@ -234,7 +234,8 @@ def test_gltf_texture_from_file_with_transform(tmp_path: Path) -> None:
     assert blue == pytest.approx([0, 0, 1, 1], abs=1e-6)
     (tmp_path / "my tex.png").unlink()
     warnings: list[str] = []
-    assert read_mesh(tmp_path / "a.gltf", warnings=warnings).albedo(np.array([0]), CENTRE)[0].tolist() == [1, 1, 1, 1]
+    white = read_mesh(tmp_path / "a.gltf", warnings=warnings).albedo(np.array([0]), CENTRE)[0]
+    assert white == pytest.approx([1, 1, 1, 1], abs=1e-6)
     assert "my%20tex.png" in warnings[0]
 
 
@@ -353,7 +354,7 @@ def test_awkward_files_neither_crash_nor_hang(assets_dir: Path) -> None:
     hard = assets_dir / "hard"
     rows = [json.loads(line) for line in (hard / "manifest.jsonl").read_text().splitlines()]
     paths = [str(hard / row["file"]) for row in rows]
-    outcomes = list(isolated_map(read_outcome, paths, workers=2, timeout_s=30, memory_bytes=4 << 30))
+    outcomes = list(isolated_map(read_outcome, paths, workers=2, cpu_s=30, wall_s=120, memory_bytes=4 << 30))
     failed = [(row["file"], outcome.reason) for row, outcome in zip(rows, outcomes) if isinstance(outcome, Failed)]
     assert not failed
     allowed = {"load": {"load"}, "empty": {"empty", "error"}, "error": {"empty", "error"}, "either": None}

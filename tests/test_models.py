@@ -74,7 +74,7 @@ def test_density_is_volsdf(autoencoder):
 
 
 def test_gradients_reach_every_parameter(autoencoder, denoiser):
-    field = autoencoder(torch.randn(2, 30, 9), torch.randn(2, 16, 8), torch.rand(2))
+    field, _ = autoencoder(torch.randn(2, 30, 9), torch.randn(2, 16, 8), torch.rand(2))
     values = field(torch.rand(2, 20, 3))
     (values.sdf_BP.sum() + values.rgb_BP3.sum()).backward()
     assert [n for n, p in autoencoder.named_parameters() if p.grad is None or not p.grad.any()] == []

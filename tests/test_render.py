@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import trimesh
+
 from shapeloom.data_pipes.mesh import Material, Mesh, linear_to_srgb, merge, srgb_to_linear
 from shapeloom.data_pipes.render import AMBIENT, DIFFUSE, MAX_LAYERS, Views, composite, random_rig, render
 from shapeloom.models.cameras import Cameras, orbit
@@ -83,7 +84,8 @@ def test_a_texture_is_upright_and_not_mirrored() -> None:
 def test_pixels_are_averaged_in_linear_light() -> None:
     # One pixel looks at a plane that is half white, half black.
     left, right = QUAD * (0.5, 1, 1) - (0.5, 0, 0), QUAD * (0.5, 1, 1) + (0.5, 0, 0)
-    halves = [Mesh.from_face_colors(v, [[0, 1, 2], [0, 2, 3]], np.full((2, 3), c)) for v, c in ((left, 0.0), (right, 1.0))]
+    faces = [[0, 1, 2], [0, 2, 3]]
+    halves = [Mesh.from_face_colors(v, faces, np.full((2, 3), c)) for v, c in ((left, 0.0), (right, 1.0))]
     views = render(merge(halves), orbit([0], 0, size=1, fov_deg=10))
     assert views.albedo[0, 0, 0, :3].tolist() == [188] * 3  # linear 0.5
 
@@ -130,9 +132,10 @@ def test_glass_is_blended_front_to_back() -> None:
     panes = [quad(Material([1, 1, 1, 0.5], alpha_mode="BLEND"), z) for z in np.linspace(-0.5, 0.5, 3)]
     alone = render(merge(panes), orbit([0], 0, size=16)).albedo[0, 8, 8]
     assert alone.tolist() == [255, 255, 255, round(255 * (1 - 0.5**3))]
-    before_black = render(merge([*panes, quad(Material([0, 0, 0, 1]), -0.8)]), orbit([0], 0, size=16)).albedo[0, 8, 8]
-    white = 1 - 0.5**3
-    assert before_black.tolist() == [round(255 * float(linear_to_srgb(np.array(white)))), *before_black[1:3].tolist(), 255]
+    black = quad(Material([0, 0, 0, 1]), -0.8)
+    before_black = render(merge([*panes, black]), orbit([0], 0, size=16)).albedo[0, 8, 8]
+    grey = round(255 * float(linear_to_srgb(np.array(1 - 0.5**3))))
+    assert before_black.tolist() == [grey, grey, grey, 255]
     assert len(panes) < MAX_LAYERS
 
 
@@ -140,8 +143,8 @@ def test_nothing_gives_empty_pictures() -> None:
     nothing = Mesh(np.zeros((0, 3)), np.zeros((0, 3)), np.zeros(0), ())
     views = render(nothing, orbit([0, 90], 0, size=8))
     assert views.albedo.shape == (2, 8, 8, 4) and not views.albedo.any() and np.isinf(views.depth).all()
-    away = render(colored(trimesh.creation.box()), Cameras(orbit([0], 0, size=8).camera_to_world @ np.diag([-1, 1, -1, 1]), [8], 8, 8))
-    assert not away.albedo.any()
+    looking_away = Cameras(orbit([0], 0, size=8).camera_to_world @ np.diag([-1, 1, -1, 1]), np.array([8]), 8, 8)
+    assert not render(colored(trimesh.creation.box()), looking_away).albedo.any()
     with pytest.raises(ValueError, match="at least 1|sample"):
         render(nothing, orbit([0], 0, size=8), samples_per_axis=0)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import trimesh
+
 from shapeloom.data_pipes.mesh import Material, Mesh, merge
 from shapeloom.data_pipes.sampling import SHEET_HALF_THICKNESS, Solid, sample_field, sample_surface
 

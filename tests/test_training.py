@@ -37,7 +37,9 @@ def command(raw: Path, out: Path, *more: str, launcher: tuple[str, ...] = ()) ->
 
 
 def run(words: list[str], code: int = 0) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -72,7 +74,9 @@ def test_a_killed_run_goes_on_bit_for_bit(raw, whole, tmp_path):
 
 def test_sigterm_saves_and_asks_to_be_requeued(raw, whole, tmp_path):
     out = tmp_path / "run"
-    process = subprocess.Popen(command(raw, out, "steps=12", "save_every=1000"), env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command(raw, out, "steps=12", "save_every=1000"), env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     while not (out / "log.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.005)
@@ -85,7 +89,7 @@ def test_sigterm_saves_and_asks_to_be_requeued(raw, whole, tmp_path):
 
 def test_two_ranks_are_one(raw, whole, tmp_path):
     out = tmp_path / "run"
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
     run(command(raw, out, "steps=12", "processes=2", launcher=launcher))
     ours, theirs = losses(out), losses(whole)
     assert [step for step, _ in ours] == [step for step, _ in theirs]

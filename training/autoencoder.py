@@ -1,6 +1,6 @@
 """Stage: the autoencoder, from raw shards, by point supervision.
 
-    accelerate launch -m shapeloom.training.autoencoder --preset tiny --data raw/ --out runs/autoencoder
+accelerate launch -m shapeloom.training.autoencoder --preset tiny --data raw/ --out runs/autoencoder
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class AutoencoderLossConfig(Config):
 
     sdf: float = 1.0
     occupancy: float = 1.0
-    color: float = 1.0
+    color: float = 3.0
+    latent: float = 0.01  # on the mean square before the tanh: keeps latents from piling up at ±1, where no flow can go
     truncation: float = 0.1
     sharpness: float = 0.02
     color_reach: float = 0.1
@@ -72,14 +73,15 @@ def build(config: AutoencoderRun) -> Stage:
         return collate_points(items, config)
 
     def loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        field = model(batch["surface"], batch["noise"], batch["level"])
+        field, raw_BLC = model(batch["surface"], batch["noise"], batch["level"])
         values = field(batch["points"])
         terms = config.loss
         sdf_B = sdf_loss(values.sdf_BP, batch["sdf"], truncation=terms.truncation)
         occupancy_B = occupancy_loss(values.sdf_BP, batch["sdf"], sharpness=terms.sharpness)
         color_B = color_loss(values.rgb_BP3, batch["rgb"], batch["sdf"], reach=terms.color_reach)
-        total_B = terms.sdf * sdf_B + terms.occupancy * occupancy_B + terms.color * color_B
-        metrics = {"sdf": sdf_B, "occupancy": occupancy_B, "color": color_B}
+        latent_B = raw_BLC.square().mean((1, 2))
+        total_B = terms.sdf * sdf_B + terms.occupancy * occupancy_B + terms.color * color_B + terms.latent * latent_B
+        metrics = {"sdf": sdf_B, "occupancy": occupancy_B, "color": color_B, "latent": latent_B}
         return total_B, {name: value.mean().detach() for name, value in metrics.items()}
 
     return Stage(

@@ -1,6 +1,6 @@
 """Stage: a small CLIP on rendered views and captions, as the denoiser's conditioner or as an independent judge.
 
-    accelerate launch -m shapeloom.training.clip --preset tiny --data raw/ --out runs/clip
+accelerate launch -m shapeloom.training.clip --preset tiny --data raw/ --out runs/clip
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def build(config: ClipRun) -> Stage:
         texts_BKT = batch["texts"]
         out = wrapped(batch["images"], texts_BKT.flatten(0, 1))
         text_BKE = out["text_features"].unflatten(0, texts_BKT.shape[:2])
-        loss_B = contrastive_loss(out["image_features"], text_BKE, out["logit_scale"], batch["present"], batch["meaning"])
+        loss_B = contrastive_loss(
+            out["image_features"], text_BKE, out["logit_scale"], batch["present"], batch["meaning"]
+        )
         return loss_B, {}
 
     return Stage(

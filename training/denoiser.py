@@ -1,6 +1,6 @@
 """Stage: the latent diffusion transformer, from latent shards, by rectified flow.
 
-    accelerate launch -m shapeloom.training.denoiser --preset tiny --data latents/ --out runs/denoiser
+accelerate launch -m shapeloom.training.denoiser --preset tiny --data latents/ --out runs/denoiser
 """
 
 from __future__ import annotations

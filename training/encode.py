@@ -37,9 +37,10 @@ class EncodeRun(Config):
     out: str = ""
     autoencoder: str = ""  # folder of the trained autoencoder
     clip: str = ""  # folder or open_clip name of the conditioner
-    n_surface: int = 4096  # surface points encoded, the first of each sample
+    n_surface: int = 2048  # surface points encoded, the first of each sample
     n_views: int = 4  # views whose image features are kept
     n_captions: int = 4  # captions whose text features are kept
+    batch_size: int = 32
     shard_size: int = 512  # samples a shard; a restart loses at most one shard a rank
     cpu: bool = False
 
@@ -56,7 +57,7 @@ def run(config: EncodeRun, *, resume: str = "auto") -> None:
     out = Path(config.out)
     settings = {
         **config.model_dump(exclude={"data", "out", "autoencoder", "clip", "cpu"}),
-        "raw_hash": data.hash,
+        "raw_hash": data.shards.hash,
         "autoencoder_hash": weights_hash(autoencoder),
         "conditioner_hash": conditioner.weights_hash,
     }
@@ -83,11 +84,18 @@ def write_shard(
     """One shard and the sums its training latents add to the statistics. A bad asset is left out and reported."""
     total_C = np.zeros(autoencoder.config.channels)
     square_C, count, rejected = np.zeros_like(total_C), 0, []
+    # A shard's batches are the same whichever rank makes it, so its bytes are too.
+    latents = [
+        latent
+        for start in range(0, len(samples), config.batch_size)
+        for latent in encode_batch(samples[start : start + config.batch_size], autoencoder, conditioner, config)
+    ]
     with ShardWriter(out / f"shard-{k:05d}.tar") as writer:
-        for sample in samples:
-            latent = encode_one(sample, autoencoder, conditioner, config)
+        for sample, latent in zip(samples, latents, strict=True):
             if not np.isfinite(latent.latent).all():
-                rejected.append({"uid": sample.uid, "reason": "its latent is not finite", "hint": "look at its surface"})
+                rejected.append(
+                    {"uid": sample.uid, "reason": "its latent is not finite", "hint": "look at its surface"}
+                )
                 continue
             split = sample.meta["split"]
             kept = ("uid", "captions", "split", "category", "spec", "swaps", "view_dependent")
@@ -102,23 +110,32 @@ def write_shard(
 
 
 @torch.inference_mode()
-def encode_one(
-    sample: RawSample, autoencoder: Autoencoder, conditioner: Conditioner, config: EncodeRun
-) -> LatentSample:
-    """An asset's latent and features. One at a time: its numbers never depend on who shares its batch."""
-    surface = surface_features(sample, slice(config.n_surface))
-    z_BLC = autoencoder.encode(torch.from_numpy(surface)[None].to(autoencoder.device))
-    text = conditioner.encode_text(sample.captions[: config.n_captions])
-    image = conditioner.encode_image(np.stack([composite(view) for view in sample.lit[: config.n_views]]))
-    return LatentSample(
-        uid=sample.uid,
-        latent=z_BLC[0].float().cpu().numpy(),
-        text_tokens=text.tokens.cpu().numpy(),
-        text_lengths=text.mask.sum(-1).cpu().numpy(),
-        text_pooled=text.pooled.cpu().numpy(),
-        image_tokens=image.tokens.cpu().numpy(),
-        image_pooled=image.pooled.cpu().numpy(),
-    )
+def encode_batch(
+    samples: list[RawSample], autoencoder: Autoencoder, conditioner: Conditioner, config: EncodeRun
+) -> list[LatentSample]:
+    """Latents and features of some assets, which may have different numbers of captions and views."""
+    surface_BN9 = np.stack([surface_features(sample, slice(config.n_surface)) for sample in samples])
+    z_BLC = autoencoder.encode(torch.from_numpy(surface_BN9).to(autoencoder.device)).float().cpu().numpy()
+    captions = [sample.captions[: config.n_captions] for sample in samples]
+    views = [[composite(view) for view in sample.lit[: config.n_views]] for sample in samples]
+    text = conditioner.encode_text([caption for row in captions for caption in row])
+    image = conditioner.encode_image(np.stack([view for row in views for view in row]))
+    of_caption, of_view = np.cumsum([0, *map(len, captions)]), np.cumsum([0, *map(len, views)])
+    found = []
+    for i, sample in enumerate(samples):
+        texts, images = slice(of_caption[i], of_caption[i + 1]), slice(of_view[i], of_view[i + 1])
+        found.append(
+            LatentSample(
+                uid=sample.uid,
+                latent=z_BLC[i],
+                text_tokens=text.tokens[texts].cpu().numpy(),
+                text_lengths=text.mask[texts].sum(-1).cpu().numpy(),
+                text_pooled=text.pooled[texts].cpu().numpy(),
+                image_tokens=image.tokens[images].cpu().numpy(),
+                image_pooled=image.pooled[images].cpu().numpy(),
+            )
+        )
+    return found
 
 
 def finish(out: Path, n_shards: int, settings: dict[str, Any]) -> None:

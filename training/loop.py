@@ -94,9 +94,7 @@ def fit(run: RunConfig, stage: Stage, *, resume: str = "auto") -> None:
             if due(run.eval_every, progress.step) or last:
                 log.evaluation(stage.evaluate, ema.module)
             if due(run.save_every, progress.step) or last or stopping:
-                save_state(
-                    accelerator, ema.module, progress, out, keep_last=run.keep_last, keep_every=run.keep_every
-                )
+                save_state(accelerator, ema.module, progress, out, keep_last=run.keep_last, keep_every=run.keep_every)
                 if accelerator.is_main_process:
                     stage.publish(ema.module)
             if stopping and not last:
@@ -160,8 +158,8 @@ def assert_finite(loss: torch.Tensor, grad_norm: torch.Tensor | float, progress:
     """Gradients are summed over ranks, so one rank's NaN is in every rank's norm and all stop here together."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NonFiniteLoss(
-            f"step {progress.step + 1}: loss {float(loss):.4g}, gradient norm {float(grad_norm):.4g}; the update was not "
-            f"made and {out}/state/latest is intact: start again with a lower optim.lr"
+            f"step {progress.step + 1}: loss {float(loss):.4g}, gradient norm {float(grad_norm):.4g}; the update was "
+            f"not made and {out}/state/latest is intact: start again with a lower optim.lr"
         )
 
 

@@ -37,7 +37,8 @@ def run_stage(
         preset=preset or None,
         section=section or stage,
         config_file=config,
-        overrides=[*([f"data={data}"] if data else []), *([f"out={out}"] if out else []), *overrides],
+        overrides=overrides,
+        values={"data": data or None, "out": out or None},
     )
     module.run(settings, resume=resume)
 
@@ -53,9 +54,7 @@ def main(stage: str) -> None:
         resume: Annotated[str, typer.Option(help="auto, never, or a state folder.")] = "auto",
         overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     ) -> None:
-        run_stage(
-            stage, preset=preset, config=config, data=data, out=out, resume=resume, overrides=overrides or []
-        )
+        run_stage(stage, preset=preset, config=config, data=data, out=out, resume=resume, overrides=overrides or [])
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
