@@ -120,7 +120,8 @@ def groups(prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
     masks = {"all": np.ones(len(prompts), bool)}
     for parts in sorted({prompt.parts for prompt in prompts if prompt.parts is not None}):
         masks[PART_NAMES.get(parts, f"{parts} parts")] = np.array([prompt.parts == parts for prompt in prompts])
-    for split in dict.fromkeys(prompt.split for prompt in prompts):
+    splits = list(dict.fromkeys(prompt.split for prompt in prompts))
+    for split in splits if len(splits) > 1 else ():
         masks[SPLIT_NAMES.get(split, split)] = np.array([prompt.split == split for prompt in prompts])
     return masks
 

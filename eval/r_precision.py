@@ -195,9 +195,10 @@ def _true_objects(this: _Run, prompts: list[Prompt]) -> tuple[Embedded, str]:
             chunks = (meshes[i : i + 64] for i in range(0, len(meshes), 64))
             return embed_meshes(chunks, len(meshes), this.judge, pool=this.pool, description="true renders").arrays()
         pictures = [frontal_pictures(this.folder, prompt.index) for prompt in prompts]
-        return embed_pictures(pictures, this.judge).arrays()
+        # The first picture is what image conditioning is asked about: it must not stand for the object itself.
+        return embed_pictures([views[1:] if len(views) > 1 else views for views in pictures], this.judge).arrays()
 
-    note = "" if exact else "true renders are the data's stored frontal views, not renders by the protocol's cameras"
+    note = "" if exact else "true renders are the data's stored frontal views but the first, not the protocol's cameras"
     return Embedded(**this.cache.fetch("true", key, make)), note
 
 

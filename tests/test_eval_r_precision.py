@@ -281,3 +281,17 @@ def test_the_report_is_one_file_and_reads_the_figures(world, tmp_path):
     assert figures["iou"][1] is None and "not measured" in html
     bare = write_report(ReportInput(title="nothing yet"), tmp_path / "bare.html").read_text()
     assert "nothing yet" in bare
+
+
+def test_data_without_a_specification_falls_back_to_stored_views(world, tmp_path, monkeypatch):
+    def plain(uid, index, split, meta):
+        return prompt_of(uid, index, "test", {"captions": meta["captions"][:1]})
+
+    for prompt in world.prompts:  # the judge must know the stored views, too
+        world.judge.learn(stored.frontal_pictures(world.shards, prompt.index), prompt.meaning)
+    monkeypatch.setattr(r_precision, "prompt_of", plain)
+    record, _ = score(world, world.plan, tmp_path)
+    assert list(record["counts"]["pools"]) == ["random"] and record["two_way"] == []
+    assert r_at_1(record, "true renders", "random") == r_at_1(record, "generated", "random") == 1.0
+    assert "stored frontal views" in record["notes"][0]
+    assert {row["group"] for row in record["rows"]} == {"all"}

@@ -44,7 +44,7 @@ class AutoencoderLossConfig(Config):
     sdf: float = 1.0
     occupancy: float = 1.0
     color: float = 3.0
-    latent: float = 0.01  # on the mean square before the tanh: keeps latents from piling up at ±1, where no flow can go
+    latent: float = 0.05  # on the mean square before the tanh: keeps latents from piling up at ±1, where no flow can go
     truncation: float = 0.1
     sharpness: float = 0.02
     color_reach: float = 0.1
