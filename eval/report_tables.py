@@ -122,7 +122,8 @@ def _matrix(caption: str, rows: Sequence[Mapping[str, Any]], pool: str, metric: 
         first = intervals[0]
         drawn = interval_bar(first["mean"], first["lo"], first["hi"]) if first else ""
         lines.append((_attributes(row), [escape(row), drawn, *map(_interval, intervals)]))
-    return table(["", "", *(f"{escape(group)}<br>n&nbsp;=&nbsp;{count}" for group, count in groups.items())], lines, caption)
+    head = [f"{escape(group)}<br>n&nbsp;=&nbsp;{count}" for group, count in groups.items()]
+    return table(["", "", *head], lines, caption)
 
 
 def _interval(interval: Mapping[str, float] | None) -> str:

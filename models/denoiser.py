@@ -67,6 +67,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         patch: neighbouring latent tokens packed into one transformer token.
         width, heads, layers: of the transformer.
         text_width, image_width, pooled_width: of the conditioner's text tokens, image tokens, pooled embeddings.
+        max_text_tokens: longest text; its tokens are told their places again, as a small CLIP's last layer blurs them.
         latent_mean, latent_std: [C], of the training latents; sampling undoes the standardisation with them.
         autoencoder_hash: of the autoencoder whose latents these are; loading refuses another.
         conditioner_hash: of the CLIP whose features these were trained on.
@@ -84,6 +85,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         text_width: int = 128,
         image_width: int = 512,
         pooled_width: int = 128,
+        max_text_tokens: int = 77,
         qk_norm: bool = True,
         adaln: bool = True,
         latent_mean: list[float] | None = None,
@@ -97,6 +99,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         n_tokens, token_width = n_latents // patch, channels * patch
         self.time = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
         self.text_tokens = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
+        self.text_positions = nn.Parameter(torch.randn(max_text_tokens, width) / width**0.5)
         self.text_pooled = nn.Linear(pooled_width, width)
         self.text_null = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.image_tokens = nn.Sequential(nn.LayerNorm(image_width), nn.Linear(image_width, width))
@@ -155,7 +158,8 @@ class Denoiser(ModelMixin, ConfigMixin):
         """
         has_text, has_image = condition.has_text[:, None, None], condition.has_image[:, None, None]
         scale = condition.text_pooled.shape[-1] ** 0.5  # unit vectors to unit variance, as Shap-E scales CLIP's
-        text = self.text_tokens(condition.text_tokens) + self.kinds[0]
+        n_words = condition.text_tokens.shape[1]
+        text = self.text_tokens(condition.text_tokens) + self.text_positions[:n_words] + self.kinds[0]
         text = torch.where(has_text, text, self.text_null[0])
         text_pooled = torch.where(has_text, self.text_pooled(condition.text_pooled * scale)[:, None], self.text_null[1])
         image = self.image_tokens(condition.image_tokens) + self.kinds[2]

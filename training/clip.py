@@ -124,16 +124,15 @@ def train_tokenizer(captions: Any, vocab_size: int) -> Tokenizer:
 
 
 def collate_pairs(items: list[tuple[RawSample, np.random.Generator]], model: Conditioner, n_swaps: int) -> Batch:
-    """One view and one caption of each sample, with its swapped captions beside it.
+    """One frontal view and one caption of each sample, with some of its swapped captions beside it.
 
     Returns: images [B, 3, H, W]; texts [B, K, T] token ids, K - 1 of them swaps; present [B, K]; meaning [B, K]
     ids, equal where captions mean the same.
     """
     images, texts, meanings = [], [], []
     for sample, rng in items:
-        # A caption that speaks of left and right is true of the frontal views, which come first.
-        n_views = (len(sample.lit) + 1) // 2 if sample.meta.get("view_dependent") else len(sample.lit)
-        images.append(composite(sample.lit[rng.integers(n_views)]))
+        # Frontal views come first; of the others, captions that speak of left and right are not true.
+        images.append(composite(sample.lit[rng.integers((len(sample.lit) + 1) // 2)]))
         caption = str(rng.choice(sample.captions))
         others = [swap["caption"] for swap in sample.meta.get("swaps", [])]
         others = [others[k] for k in rng.permutation(len(others))[:n_swaps]]
