@@ -44,8 +44,8 @@ SPLITS = {
     True: {"train": 0.86, "val": 0.02, "test_seen": 0.04, "test_combo": 0.04, "test_attr": 0.04},
     False: {"train": 0.95, "val": 0.05},
 }
-# At most so many in a split other than train: a larger pool of captions is a harder one, so scores of sets of 3,000 objects
-# and more are comparable.
+# At most so many in a split other than train. A larger pool of captions is a harder one, so a cap keeps the scores of
+# sets of 3,000 objects and more comparable.
 MOST_HELD_OUT = 120
 
 

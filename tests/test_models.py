@@ -18,7 +18,8 @@ def autoencoder():
 @pytest.fixture(scope="module")
 def denoiser():
     torch.manual_seed(0)
-    model = Denoiser(16, 8, width=32, heads=2, layers=2, text_width=12, image_width=20, pooled_width=6, max_text_tokens=5).eval()
+    sizes = {"text_width": 12, "image_width": 20, "pooled_width": 6, "max_text_tokens": 5}
+    model = Denoiser(16, 8, width=32, heads=2, layers=2, **sizes).eval()
     torch.nn.init.normal_(model.latent_out.weight)  # it starts at zero, which would hide everything
     return model
 

@@ -14,10 +14,12 @@ from ..checkpoints.folders import publish_model
 from ..config import Config
 from ..data_pipes.loader import Batches, RawDataset, RawSample
 from ..models.autoencoder import Autoencoder
+from ..models.mesh import extract_mesh
 from .config import RunConfig
 from .held_out import held_out_split
 from .loop import Batch, Stage, fit
 from .losses import color_loss, occupancy_loss, sdf_loss
+from .sheets import picture, picture_of_points, write_sheet
 
 __all__ = ["AutoencoderRun", "build", "run"]
 
@@ -56,6 +58,7 @@ class AutoencoderRun(RunConfig):
     n_surface: int = 512  # surface points the encoder sees in a step
     n_field: int = 1024  # field points supervised in a step
     eval_samples: int = 64
+    sheet_samples: int = 16  # held-out assets shown beside their reconstructions at each evaluation; 0 for none
 
 
 def run(config: AutoencoderRun, *, resume: str = "auto") -> None:
@@ -84,12 +87,16 @@ def build(config: AutoencoderRun) -> Stage:
         metrics = {"sdf": sdf_B, "occupancy": occupancy_B, "color": color_B, "latent": latent_B}
         return total_B, {name: value.mean().detach() for name, value in metrics.items()}
 
+    def look(ema: Autoencoder, step: int) -> dict[str, float]:
+        sheet(ema, held_out, config.sheet_samples, Path(config.out) / "samples" / f"{step:08d}.png")
+        return evaluate(ema, held_out, config.eval_samples)
+
     return Stage(
         name="autoencoder",
         model=model,
         loss=loss,
         batches=lambda rank, world: Batches(train, collate, config.batch_size, config.seed, rank, world),
-        evaluate=lambda ema, step: evaluate(ema, held_out, config.eval_samples),
+        evaluate=look,
         publish=lambda ema: publish_model(ema, Path(config.out) / "autoencoder"),
     )
 
@@ -133,6 +140,20 @@ def evaluate(model: Autoencoder, dataset: RawDataset, count: int) -> dict[str, f
         rgb = field(surface_1N9[..., :3]).rgb_BP3[0].cpu().numpy()
         colors.append(np.abs(rgb - sample.surface_rgb[::2]).mean())
     return {"iou": float(np.mean(ious)), "color": float(np.mean(colors))}
+
+
+@torch.no_grad()
+def sheet(model: Autoencoder, dataset: RawDataset, count: int, path: Path) -> None:
+    """A picture of held-out surface points beside the meshes made of them."""
+    images, captions = [], []
+    for i in range(min(count, len(dataset))):
+        sample = dataset[i]
+        surface_1N9 = torch.from_numpy(surface_features(sample)[None, ::2]).to(model.device)
+        mesh = extract_mesh(model.decode(model.encode(surface_1N9)), 32)[0]
+        images += [picture_of_points(sample), picture(mesh)]
+        captions += [sample.captions[0], "reconstruction"]
+    if images:
+        write_sheet(images, captions, path)
 
 
 if __name__ == "__main__":

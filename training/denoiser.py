@@ -51,7 +51,7 @@ class ConditioningConfig(Config):
 class DenoiserRun(RunConfig):
     model: DenoiserModelConfig = DenoiserModelConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
-    # Of the logit-normal noise level (Stable Diffusion 3, arXiv 2403.03206, §3.1). What a caption decides is decided above
+    # Of the logit-normal noise level (Stable Diffusion 3, arXiv 2403.03206, §3.1). What a caption says is decided above
     # .8 here (few tokens, each seen by the whole field), where a mean of 0 would put only 8 % of the samples.
     time_mean: float = 1.5
     time_std: float = 1.5

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..data_pipes.contact_sheet import contact_sheet
+from ..data_pipes.loader import RawSample
 from ..data_pipes.mesh import Mesh
 from ..data_pipes.render import composite, render
 from ..files import write_atomic
@@ -16,7 +17,7 @@ from ..models.cameras import Cameras, orbit
 from ..models.mesh import ExtractedMesh
 from ..models.pipeline import ShapeloomPipeline
 
-__all__ = ["picture", "sample_sheet", "write_sheet"]
+__all__ = ["picture", "picture_of_points", "sample_sheet", "write_sheet"]
 
 TILE = 96
 
@@ -35,6 +36,22 @@ def picture(mesh: ExtractedMesh, cameras: Cameras | None = None) -> np.ndarray:
     if mesh.empty:
         return np.full((cameras.height, cameras.width, 3), 255, np.uint8)
     return composite(render(Mesh.from_vertex_colors(mesh.vertices, mesh.faces, mesh.rgb), cameras).lit[0])
+
+
+def picture_of_points(sample: RawSample) -> np.ndarray:
+    """Surface points from the camera of `picture`, the nearest in front; uint8 [H, W, 3]."""
+    camera = orbit([-20], 20, size=TILE)
+    xyz_N3, normal_N3, rgb_N3 = sample.pick_surface(slice(None))
+    world_to_camera = np.linalg.inv(camera.camera_to_world[0])
+    local_N3 = xyz_N3 @ world_to_camera[:3, :3].T + world_to_camera[:3, 3]
+    light_N = 0.6 + 0.4 * np.abs(normal_N3 @ camera.camera_to_world[0, :3, 2])
+    pixels_N2 = np.round(TILE / 2 + camera.focal[0] * local_N3[:, :2] / -local_N3[:, 2:] * [1, -1]).astype(int)
+    far_first = np.argsort(local_N3[:, 2])
+    rows, columns = pixels_N2[far_first].clip(0, TILE - 2).T[::-1]
+    image = np.full((TILE, TILE, 3), 255, np.uint8)
+    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        image[rows + down, columns + right] = (255 * rgb_N3 * light_N[:, None])[far_first]
+    return image
 
 
 def write_sheet(images: list[np.ndarray], captions: list[str], path: Path, *, columns: int = 8) -> None:
