@@ -1,4 +1,4 @@
-"""The main job: data → CLIPs → autoencoder → latents → denoiser → R-precision → report, in two one-thread chains.
+"""The main job: data → CLIPs → autoencoder → latents → denoiser → R-precision → report, in two chains.
 
 Every step is a command of its own that goes on where it was, so a stopped quickstart is simply started again.
 """
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,11 +38,12 @@ LINE = re.compile(r"^(?P<what>.*?): (?P<done>\d+)/(?P<total>\d+)  (?P<rest>.*)$"
 
 @dataclass
 class Step:
-    """One command of one thread. Steps of a chain follow each other; `needs` names steps to wait for."""
+    """One command. Steps of a chain follow each other; `needs` names steps of other chains to wait for."""
 
     name: str
     arguments: list[str]
     needs: tuple[str, ...] = ()
+    threads: int = 1
 
 
 @dataclass
@@ -69,7 +70,8 @@ class Board:
         began = time.monotonic()
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": str(step.threads),
+            "OMP_WAIT_POLICY": "PASSIVE",  # a waiting thread must not spin on a core that the other chain could use
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
             "SHAPELOOM_PROGRESS_EVERY": "1" if self.console.is_terminal else "10",
@@ -170,12 +172,12 @@ def run_steps(board: Board, out: Path, preset: str, settings: dict[str, Any]) ->
             train("autoencoder", "autoencoder", raw),
             Step("reconstruction", reconstruct),
             Step("encode", ["encode", "--preset", preset, "--data", raw, "--out", latents, *models], needs=("clip",)),
-            train("denoiser", "denoiser", latents),
+            replace(train("denoiser", "denoiser", latents), threads=2),
         ],
         [train("clip", "clip", raw), train("clip", "judge", judge_raw)],
     )
     board.chains(
-        [Step("r-precision", score)],
+        [Step("r-precision", score, threads=2)],
         [Step("samples", ["sample", pipeline, *texts, "--seeds", "0-1", "--out", str(out / "samples")])],
     )
 
