@@ -20,7 +20,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..config import preset_path, read_settings_file
 from ..errors import UserError, run_command
 from ..eval.report import ReportInput, read_figures, write_report
 from ..files import read_json, write_json
@@ -142,15 +141,14 @@ def quickstart(
     """Run everything; done steps are kept."""
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    settings = read_settings_file(preset_path(preset), "preset")
     board = Board(out)
     with board.bars:
-        run_steps(board, out, preset, settings)
+        run_steps(board, out, preset)
     report = write_summary(out, board, preset)
     print_summary(out, report, time.monotonic() - began, board)
 
 
-def run_steps(board: Board, out: Path, preset: str, settings: dict[str, Any]) -> None:
+def run_steps(board: Board, out: Path, preset: str) -> None:
     """The graph of the steps: what does not depend on each other runs side by side, one thread each."""
     raw, judge_raw, latents = str(out / "raw"), str(out / "judge_raw"), str(out / "latents")
     clip, judge = str(out / "clip" / "clip"), str(out / "judge" / "clip")
@@ -165,8 +163,8 @@ def run_steps(board: Board, out: Path, preset: str, settings: dict[str, Any]) ->
     reconstruct = ["eval", "reconstruction", autoencoder, "--data", raw, "--out", str(out / "reconstruction")]
     score = ["eval", "r-precision", pipeline, "--data", raw, "--judge", judge, "--out", str(out / "r_precision")]
 
-    board.run(Step("data", procedural(settings.get("data", {}), raw)))
-    board.run(Step("judge-data", procedural(settings.get("judge_data", {}), judge_raw)))
+    board.run(Step("data", ["data", "procedural", "--preset", preset, "--out", raw]))
+    board.run(Step("judge-data", ["data", "procedural", "--preset", f"{preset}:judge_data", "--out", judge_raw]))
     board.chains(
         [
             train("autoencoder", "autoencoder", raw),
@@ -180,15 +178,6 @@ def run_steps(board: Board, out: Path, preset: str, settings: dict[str, Any]) ->
         [Step("r-precision", score, threads=2)],
         [Step("samples", ["sample", pipeline, *texts, "--seeds", "0-1", "--out", str(out / "samples")])],
     )
-
-
-def procedural(settings: dict[str, Any], out: str) -> list[str]:
-    """The command line of a preset's data section."""
-    words = ["data", "procedural", "--out", out]
-    for name, value in settings.items():
-        option = name.replace("_", "-")
-        words += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
-    return words
 
 
 def write_summary(out: Path, board: Board, preset: str) -> ReportInput:
