@@ -73,6 +73,8 @@ def fit(run: RunConfig, stage: Stage, *, resume: str = "auto") -> None:
     found = find_state(out, resume)
     progress = load_state(accelerator, ema.module, found) if found else Progress()
     if progress.step >= run.steps:
+        if accelerator.is_main_process:  # a kill may have come between the last state and this
+            stage.publish(ema.module)
         return
     batches = stage.batches(accelerator.process_index, accelerator.num_processes).iterate(progress.step)
     stop = StopSignal(accelerator)
