@@ -147,7 +147,7 @@ def sample(
         given = [np.asarray(ImageOps.pad(picture[1], (PICTURE_SIZE,) * 2, color="white"))] if picture else []
         label = text or (picture[0].name if picture else "")
         cells.append(Cell([*given, image], f"{label}  · seed {seed}" + ("  (empty)" if is_empty(mesh) else "")))
-    columns = len(seeds) if len(seeds) > 1 else 4
+    columns = len(seeds) * max(1, 4 // len(seeds))  # a caption's seeds stay in one row
     write_png(out / "contact_sheet.png", contact_sheet(cells, columns=columns, size=160))
     record = {
         "format": SAMPLES_FORMAT,
