@@ -45,14 +45,17 @@ def encode_latent_sample(sample: LatentSample, meta: dict[str, Any]) -> dict[str
     """The members of a latent shard."""
     latent = io.BytesIO()
     np.save(latent, sample.latent.astype(np.float16))
-    text = {"tokens": sample.text_tokens.astype(np.float16), "lengths": sample.text_lengths.astype(np.int16)}
-    text["pooled"] = sample.text_pooled.astype(np.float16)
-    image = {"tokens": sample.image_tokens.astype(np.float16), "pooled": sample.image_pooled.astype(np.float16)}
     return {
         "json": canonical_json(meta).encode(),
         "latent.npy": latent.getvalue(),
-        "text.npz": encode_npz(**text),
-        "image.npz": encode_npz(**image),
+        "text.npz": encode_npz(
+            tokens=sample.text_tokens.astype(np.float16),
+            lengths=sample.text_lengths.astype(np.int16),
+            pooled=sample.text_pooled.astype(np.float16),
+        ),
+        "image.npz": encode_npz(
+            tokens=sample.image_tokens.astype(np.float16), pooled=sample.image_pooled.astype(np.float16)
+        ),
     }
 
 

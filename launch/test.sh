@@ -16,4 +16,6 @@ python -m pytest -q -n "${SHAPELOOM_TEST_PROCESSES:-2}" "$@"
 if [[ $# -eq 0 ]]; then
     echo "Checking the style (ruff)"
     python -m ruff check .
+    echo "Checking the types (mypy)"
+    bash launch/types.sh
 fi

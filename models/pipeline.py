@@ -94,9 +94,9 @@ class ShapeloomPipeline(DiffusionPipeline):
         on_step: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """As `__call__`, the latents alone: [B, L, C]."""
-        if not text and not image:
+        count = len(text or image or [])
+        if not count:
             raise ValueError("give text, an image, or both: there is nothing to condition on")
-        count = len(text or image)
         seeds = list(range(count)) if seeds is None else seeds
         if len(seeds) != count or (text and image and len(text) != len(image)):
             raise ValueError(
@@ -125,11 +125,13 @@ class ShapeloomPipeline(DiffusionPipeline):
 def condition_from(text: TextFeatures | None, image: ImageFeatures | None, denoiser: Denoiser) -> Condition:
     """A batch's condition from what there is; the missing half is a single masked token of zeros."""
     config = denoiser.config
-    some = (text or image).pooled
+    present = text or image
+    assert present is not None, "a condition is of text, an image, or both"
+    some = present.pooled
     count, device = len(some), some.device
 
-    def flag(present: object) -> torch.Tensor:
-        return torch.full((count,), present is not None, device=device)
+    def flag(features: object) -> torch.Tensor:
+        return torch.full((count,), features is not None, device=device)
 
     return Condition(
         text_tokens=text.tokens if text else some.new_zeros(count, 1, config.text_width),

@@ -6,6 +6,7 @@ accelerate launch -m shapeloom.training.autoencoder --preset tiny --data raw/ --
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ def build(config: AutoencoderRun) -> Stage:
 
 def collate_points(items: list[tuple[RawSample, np.random.Generator]], config: AutoencoderRun) -> Batch:
     """A batch of surface points to encode and field points to supervise, with the latent's noise."""
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in ("surface", "points", "sdf", "rgb", "noise", "level")}
+    rows: dict[str, list[Any]] = {name: [] for name in ("surface", "points", "sdf", "rgb", "noise", "level")}
     shape = (config.model.n_latents, config.model.channels)
     for sample, rng in items:
         n_surface, n_field = len(sample.stored["surface.xyz"]), len(sample.stored["field.sdf"])
@@ -126,7 +127,8 @@ def surface_features(sample: RawSample, index: np.ndarray | slice = slice(None))
 @torch.no_grad()
 def evaluate(model: Autoencoder, dataset: RawDataset, count: int) -> dict[str, float]:
     """IoU at the uniform field points and colour error at surface points, over the first `count` held-out assets."""
-    ious, colors = [], []
+    ious: list[float] = []
+    colors: list[float] = []
     n_near = dataset.shards.manifest["settings"]["n_near"]
     for i in range(min(count, len(dataset))):
         sample = dataset[i]
@@ -138,7 +140,7 @@ def evaluate(model: Autoencoder, dataset: RawDataset, count: int) -> dict[str, f
         truth = sdf < 0
         ious.append((inside & truth).sum() / max((inside | truth).sum(), 1))
         rgb = field(surface_1N9[..., :3]).rgb_BP3[0].cpu().numpy()
-        colors.append(np.abs(rgb - sample.surface_rgb[::2]).mean())
+        colors.append(float(np.abs(rgb - surface_1N9[0, :, 6:].cpu().numpy()).mean()))
     return {"iou": float(np.mean(ious)), "color": float(np.mean(colors))}
 
 

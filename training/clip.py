@@ -132,7 +132,8 @@ def collate_pairs(items: list[tuple[RawSample, np.random.Generator]], model: Con
     images, texts, meanings = [], [], []
     for sample, rng in items:
         # Frontal views come first; of the others, captions that speak of left and right are not true.
-        images.append(composite(sample.lit[rng.integers((len(sample.lit) + 1) // 2)]))
+        views = sample.stored["lit"]
+        images.append(composite(views[rng.integers((len(views) + 1) // 2)]))
         caption = str(rng.choice(sample.captions))
         others = [swap["caption"] for swap in sample.meta.get("swaps", [])]
         others = [others[k] for k in rng.permutation(len(others))[:n_swaps]]
@@ -215,7 +216,7 @@ def texts_of(meta: dict[str, Any]) -> list[str]:
 def evaluate(model: Conditioner, dataset: RawDataset, count: int) -> dict[str, float]:
     """R@1 of held-out images among their captions, and how often the caption beats each of its swaps."""
     samples = [dataset[i] for i in range(min(count, len(dataset)))]
-    image = model.encode_image(np.stack([composite(sample.lit[0]) for sample in samples])).pooled
+    image = model.encode_image(np.stack([composite(sample.stored["lit"][0]) for sample in samples])).pooled
     caption = model.encode_text([sample.captions[0] for sample in samples]).pooled
     scores = image @ caption.T
     meanings = [meaning_id(sample.captions[0]) for sample in samples]

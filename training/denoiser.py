@@ -87,7 +87,7 @@ def build(config: DenoiserRun) -> Stage:
         autoencoder_hash=manifest["settings"]["autoencoder_hash"],
         conditioner_hash=manifest["settings"]["conditioner_hash"],
     )
-    statistics = tuple(np.array(manifest[name], np.float32) for name in ("latent_mean", "latent_std"))
+    statistics = np.array(manifest["latent_mean"], np.float32), np.array(manifest["latent_std"], np.float32)
     folder, out = Path(config.data), Path(config.out)
     frozen = {
         "autoencoder": load_model_folder(Autoencoder, folder / "autoencoder"),

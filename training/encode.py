@@ -117,7 +117,7 @@ def encode_batch(
     surface_BN9 = np.stack([surface_features(sample, slice(config.n_surface)) for sample in samples])
     z_BLC = autoencoder.encode(torch.from_numpy(surface_BN9).to(autoencoder.device)).float().cpu().numpy()
     captions = [sample.captions[: config.n_captions] for sample in samples]
-    views = [[composite(view) for view in sample.lit[: config.n_views]] for sample in samples]
+    views = [[composite(view) for view in sample.stored["lit"][: config.n_views]] for sample in samples]
     text = conditioner.encode_text([caption for row in captions for caption in row])
     image = conditioner.encode_image(np.stack([view for row in views for view in row]))
     of_caption, of_view = np.cumsum([0, *map(len, captions)]), np.cumsum([0, *map(len, views)])
