@@ -146,6 +146,6 @@ def test_r_precision_runs_and_refuses_the_conditioner_as_judge(way, cli, tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "r" / "results.json").read_text())
     assert results["hashes"]["judge"] != results["hashes"]["conditioner"]
-    assert {row["objects"] if "objects" in row else row["name"] for row in results["rows"]} >= {"generated", "chance"}
+    assert {row["row"] for row in results["rows"]} >= {"generated", "chance"}
     done = cli(*words, "--judge", way / "clip" / "clip", "--out", tmp_path / "r2")
     assert done.returncode == 1 and "conditioner" in done.stderr

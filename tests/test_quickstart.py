@@ -1,0 +1,43 @@
+"""The quickstart with a preset of a few steps: stopped, started again, and looked at in the end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import trimesh
+
+PRESET = """
+data: {level: core, count: 40, n_surface: 128, n_near: 128, n_uniform: 128, n_views: 2, image_size: 32}
+judge_data: {level: core, count: 40, seed: 1, holdout: false, n_surface: 0, n_near: 0, n_uniform: 0, n_views: 2,
+  image_size: 32}
+clip: &clip
+  {steps: 3, batch_size: 8, save_every: 1, model: {text_width: 32, text_heads: 2, text_layers: 1,
+    vision_cfg: {image_size: 32, layers: [1, 1, 1, 1], width: 8, head_width: 16}}}
+judge: {<<: *clip, seed: 1}
+autoencoder:
+  {steps: 3, batch_size: 4, save_every: 1, n_surface: 64, n_field: 64, sheet_samples: 2,
+    model: {n_latents: 16, channels: 8, width: 32, heads: 2, hidden: 16}}
+encode: {n_surface: 128}
+denoiser: {steps: 3, batch_size: 4, save_every: 1, sheet_samples: 0, model: {width: 32, heads: 2, layers: 1}}
+"""
+
+
+def test_stopped_and_started_again_it_reaches_the_report(tmp_path):
+    (tmp_path / "micro.yaml").write_text(PRESET)
+    out = tmp_path / "run"
+    words = [sys.executable, "-m", "shapeloom.launch.quickstart", "--preset", str(tmp_path / "micro.yaml"), "--out", out]
+    stopped = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "autoencoder" / "log.jsonl").exists():
+        assert stopped.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.05)
+    os.killpg(stopped.pid, signal.SIGINT)  # as Ctrl-C does: to the whole group
+    assert stopped.wait(timeout=60) != 0
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    page = (out / "report.html").read_text()
+    assert "generated R@1, hard pool" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert str(out / "report.html") in done.stdout and "autoencoder IoU" in done.stdout
+    for path in (out / "samples").glob("*.glb"):
+        assert len(trimesh.load(path, force="mesh").faces) > 0
