@@ -29,7 +29,8 @@ denoiser: {steps: 3, batch_size: 4, save_every: 1, sheet_samples: 0, model: {wid
 def test_stopped_and_started_again_it_reaches_the_report(tmp_path):
     (tmp_path / "micro.yaml").write_text(PRESET)
     out = tmp_path / "run"
-    words = [sys.executable, "-m", "shapeloom.launch.quickstart", "--preset", str(tmp_path / "micro.yaml"), "--out", out]
+    words = [sys.executable, "-m", "shapeloom.launch.quickstart"]
+    words += ["--preset", str(tmp_path / "micro.yaml"), "--out", str(out)]
     stopped = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "autoencoder" / "log.jsonl").exists():
         assert stopped.poll() is None, "it ended before it could be stopped"
