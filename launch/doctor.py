@@ -35,7 +35,7 @@ REPAIR_PTH = f"import {REPAIR_NAME}; {REPAIR_NAME}.install()\n"
 # What pyproject.toml requires and its extras, by distribution. Used where the package itself is not installed.
 REQUIRED = (
     *("torch", "torchvision", "accelerate", "diffusers", "transformers", "safetensors", "open_clip_torch"),
-    *("webdataset", "torchdata", "einops", "trimesh", "embreex", "DracoPy", "scipy", "scikit-image", "numpy", "Pillow"),
+    *("webdataset", "trimesh", "embreex", "DracoPy", "scipy", "scikit-image", "numpy", "Pillow"),
     *("pydantic", "PyYAML", "typer", "rich", "tensorboard", "packaging"),
 )
 EXTRAS = {
@@ -47,7 +47,7 @@ EXTRAS = {
     "ray": ("ray",),
     "viewer": ("viser",),
     "wandb": ("wandb",),
-    "dev": ("pytest", "pytest-xdist", "pytest-timeout", "ruff", "mypy", "jaxtyping", "beartype"),
+    "dev": ("pytest", "pytest-xdist", "pytest-timeout", "ruff", "mypy"),
 }
 
 PROBES = {

@@ -115,20 +115,12 @@ class Denoiser(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.latent_out.weight)
         nn.init.zeros_(self.latent_out.bias)
 
-    def standardise(self, z_BLC: torch.Tensor) -> torch.Tensor:
-        """Latents of the autoencoder to zero mean and unit variance a channel."""
-        mean_C, std_C = self._statistics(z_BLC)
-        return (z_BLC - mean_C) / std_C
-
     def restore(self, x_BLC: torch.Tensor) -> torch.Tensor:
-        """Undo `standardise`; the result is clamped to the autoencoder's (-1, 1)."""
-        mean_C, std_C = self._statistics(x_BLC)
-        return (x_BLC * std_C + mean_C).clamp(-1, 1)
-
-    def _statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Standardised latents to the autoencoder's, clamped to its (-1, 1)."""
         if self.config.latent_mean is None:
-            return like.new_zeros(()), like.new_ones(())
-        return like.new_tensor(self.config.latent_mean), like.new_tensor(self.config.latent_std)
+            return x_BLC.clamp(-1, 1)
+        mean_C, std_C = x_BLC.new_tensor(self.config.latent_mean), x_BLC.new_tensor(self.config.latent_std)
+        return (x_BLC * std_C + mean_C).clamp(-1, 1)
 
     def forward(self, x_BLC: torch.Tensor, t_B: torch.Tensor, condition: Condition) -> torch.Tensor:
         """Velocity noise - data of the path x_t = (1 - t)·data + t·noise.
