@@ -17,7 +17,7 @@ from .raw_sample import decode_npz, decode_webp
 from .render import composite
 from .shards import ShardFolder
 
-INK, FAINT, PAPER, LINE = (34, 34, 40), (120, 120, 130), (255, 255, 255), (226, 226, 231)
+INK, PAPER, LINE = (34, 34, 40), (255, 255, 255), (226, 226, 231)
 MAX_LINES = 4
 LOOKED_AT = 5000  # json members read for the summary; more are thinned evenly
 

@@ -85,12 +85,6 @@ class RayScene:
         barycentric_M3 = np.stack([1 - u_M - v_M, u_M, v_M], axis=1)
         return Hits(ray_M, found["primID"][ray_M], barycentric_M3, found["tfar"][ray_M])
 
-    def hits_any(self, origins_N3: np.ndarray, directions_N3: np.ndarray) -> np.ndarray:
-        """[N] bool: whether each ray meets a surface."""
-        if self._empty or not len(origins_N3):
-            return np.zeros(len(origins_N3), bool)
-        return self._scene.run(_float_rows(origins_N3), _float_rows(directions_N3)) >= 0
-
 
 def _float_rows(array_N3: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array_N3, np.float32)

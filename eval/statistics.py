@@ -34,10 +34,6 @@ class Interval:
     def to_json(self) -> dict[str, float | int]:
         return asdict(self)
 
-    def percent(self) -> str:
-        """'54.0 (50.1-57.8)'."""
-        return f"{100 * self.mean:.1f} ({100 * self.lo:.1f}–{100 * self.hi:.1f})"
-
 
 @dataclass(frozen=True)
 class Ranks:
