@@ -57,8 +57,13 @@ class Autoencoder(ModelMixin, ConfigMixin):
             width=width,
             heads=heads,
             layers=decoder_layers,
+            row_norm=False,
+            kind="volsdf",
             hidden=hidden,
             n_frequencies=field_frequencies,
+            n_generated=3,
+            n_shared=1,
+            generated_bias=True,
             density_scale=density_scale,
         )
 

@@ -12,18 +12,19 @@ from torch.nn import functional as F
 __all__ = ["Attention", "Block", "fourier_features"]
 
 
-def fourier_features(x: torch.Tensor, n_frequencies: int) -> torch.Tensor:
-    """x and sin/cos(x·2^k·π/2), k = 0…n-1 (NeRF, eq. 4, with half its base frequency).
+def fourier_features(x: torch.Tensor, n_frequencies: int, *, base: float = torch.pi / 2) -> torch.Tensor:
+    """x and sin/cos(x·2^k·base), k = 0…n-1 (NeRF, eq. 4, with half its base frequency; Shap-E's base is 1).
 
-    The slowest wave has period 4, twice the object frame, so that opposite faces of the frame differ.
+    At π/2 the slowest wave has period 4, twice the object frame, so that opposite faces of the frame differ.
 
     Args:
         x: [..., C], the object frame's coordinates in [-1, 1].
     Returns: [..., C·(1 + 2n)].
     """
-    scales = torch.pi / 2 * 2.0 ** torch.arange(n_frequencies, device=x.device, dtype=x.dtype)
+    scales = base * 2.0 ** torch.arange(n_frequencies, device=x.device, dtype=x.dtype)
     angles = (x[..., None, :] * scales[:, None]).flatten(-2)
-    return torch.cat([x, angles.sin(), angles.cos()], dim=-1)
+    # Shap-E's weights were trained on sin(x + π/2): at its highest frequency cos differs from it by 1e-3 in float32.
+    return torch.cat([x, torch.cat([angles, angles + torch.pi / 2], dim=-1).sin()], dim=-1)
 
 
 class Attention(nn.Module):

@@ -31,7 +31,13 @@ def test_stopped_and_started_again_it_reaches_the_report(tmp_path):
     out = tmp_path / "run"
     words = [sys.executable, "-m", "shapeloom.launch.quickstart"]
     words += ["--preset", str(tmp_path / "micro.yaml"), "--out", str(out)]
-    stopped = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    stopped = subprocess.Popen(
+        words,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+    )
     while not (out / "autoencoder" / "log.jsonl").exists():
         assert stopped.poll() is None, "it ended before it could be stopped"
         time.sleep(0.05)
