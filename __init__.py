@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .models.decoder import ImplicitField
     from .models.denoiser import Denoiser
     from .models.pipeline import ShapeloomPipeline
+    from .models.transformers_clip import TransformersConditioner
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "Denoiser",
     "ImplicitField",
     "ShapeloomPipeline",
+    "TransformersConditioner",
     "UserError",
     "__version__",
     "load",
@@ -46,6 +48,7 @@ _HOMES = {
     "Denoiser": ".models.denoiser",
     "ImplicitField": ".models.decoder",
     "ShapeloomPipeline": ".models.pipeline",
+    "TransformersConditioner": ".models.transformers_clip",
     "load": ".checkpoints.pipeline",
     # diffusers looks the base class of a component up in the component's own library.
     "ModelMixin": "diffusers",

@@ -11,7 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from ..errors import UserError
 from ..files import atomic_folder
 
-__all__ = ["load_model_folder", "publish_model", "refuse_pickles"]
+__all__ = ["class_of", "load_model_folder", "publish_model", "refuse_pickles"]
 
 Model = TypeVar("Model", bound=ModelMixin)
 
@@ -32,13 +32,9 @@ def load_model_folder(cls: type[Model], folder: str | Path) -> Model:
     folder = Path(folder)
     what = cls.__name__.lower()
     refuse_pickles(folder)
-    config = folder / "config.json"
-    if not config.is_file():
+    if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a {what} folder: it has no config.json")
-    try:
-        class_name = json.loads(config.read_text()).get("_class_name")
-    except (ValueError, AttributeError):
-        raise UserError(f"{config} is not valid JSON: the {what} folder is damaged, write it again") from None
+    class_name = class_of(folder)
     if class_name != cls.__name__:
         raise UserError(f"{folder} holds a {class_name}, not a {cls.__name__}")
     try:
@@ -52,6 +48,17 @@ def load_model_folder(cls: type[Model], folder: str | Path) -> Model:
             f"{folder}: weights and config do not match ({len(missing)} tensors, the first is {missing[0]})"
         )
     return model.eval()
+
+
+def class_of(folder: Path) -> str | None:
+    """The class that a model folder's config.json names; None where there is no such file. Raises UserError."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        return json.loads(config.read_text()).get("_class_name")
+    except (ValueError, AttributeError):
+        raise UserError(f"{config} is not valid JSON: the folder is damaged, write it again") from None
 
 
 def refuse_pickles(path: Path) -> None:

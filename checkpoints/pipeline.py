@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 
 from ..errors import UserError
 from ..files import atomic_folder, read_json
@@ -13,9 +13,12 @@ from ..models.conditioner import Conditioner
 from ..models.denoiser import Denoiser
 from ..models.hashing import weights_hash
 from ..models.pipeline import ShapeloomPipeline
-from .folders import load_model_folder, refuse_pickles
+from ..models.transformers_clip import TransformersConditioner
+from .folders import class_of, load_model_folder, refuse_pickles
 
-__all__ = ["load", "publish_pipeline"]
+__all__ = ["load", "load_conditioner", "publish_pipeline"]
+
+SCHEDULERS = {cls.__name__: cls for cls in (FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler)}
 
 
 def publish_pipeline(pipeline: ShapeloomPipeline, folder: Path) -> None:
@@ -39,7 +42,7 @@ def load(folder: str | Path) -> ShapeloomPipeline:
         raise UserError(f"{folder} is not a pipeline folder: it has no model_index.json{hint}")
     autoencoder = load_model_folder(Autoencoder, folder / "autoencoder")
     denoiser = load_model_folder(Denoiser, folder / "denoiser")
-    conditioner = load_model_folder(Conditioner, folder / "conditioner")
+    conditioner = load_conditioner(folder / "conditioner")
     if denoiser.config.autoencoder_hash != weights_hash(autoencoder):
         raise UserError(
             f"{folder}: its denoiser was trained on latents of another autoencoder "
@@ -51,5 +54,18 @@ def load(folder: str | Path) -> ShapeloomPipeline:
             f"{folder}: its denoiser was trained with another conditioner "
             f"(hash {denoiser.config.conditioner_hash[:12]}); put that one back"
         )
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-    return ShapeloomPipeline(autoencoder, denoiser, conditioner, scheduler)
+    return ShapeloomPipeline(autoencoder, denoiser, conditioner, _load_scheduler(folder / "scheduler"))
+
+
+def load_conditioner(folder: Path) -> Conditioner | TransformersConditioner:
+    """A pipeline's conditioner, of either kind. Raises UserError as `load_model_folder`."""
+    kind = TransformersConditioner if class_of(folder) == "TransformersConditioner" else Conditioner
+    return load_model_folder(kind, folder)
+
+
+def _load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler | HeunDiscreteScheduler:
+    config = read_json(folder / "scheduler_config.json", "scheduler settings")
+    name = config.get("_class_name")
+    if name not in SCHEDULERS:
+        raise UserError(f"{folder} holds a {name}; there are {', '.join(SCHEDULERS)}")
+    return SCHEDULERS[name].from_pretrained(folder)

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from .hashing import weights_hash
 
-__all__ = ["Conditioner", "ImageFeatures", "TextFeatures"]
+__all__ = ["Conditioner", "ImageFeatures", "LocalTokenizer", "TextFeatures", "prepare_images"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Conditioner(ModelMixin, ConfigMixin):
 
             self._tokenize = SimpleTokenizer(context_length=self.context_length)
         else:
-            self._tokenize = _LocalTokenizer(tokenizer_json, self.context_length)
+            self._tokenize = LocalTokenizer(tokenizer_json, self.context_length)
         self._weights_hash: str | None = None
 
     @property
@@ -109,21 +109,30 @@ class Conditioner(ModelMixin, ConfigMixin):
 
     def prepare(self, images: np.ndarray | list[Image.Image]) -> torch.Tensor:
         """Pictures as the image tower wants them: padded to a square, resized, normalised; [B, 3, H, W]."""
-        if isinstance(images, list):
-            images = np.stack([_square(image, self.image_size) for image in images])
-        elif images.shape[1:3] != (self.image_size, self.image_size):
-            images = np.stack([_square(Image.fromarray(image), self.image_size) for image in images])
-        pixels = torch.from_numpy(images).float().div(255).permute(0, 3, 1, 2)
-        mean = pixels.new_tensor(self.config.mean or [0.5] * 3)[:, None, None]
-        std = pixels.new_tensor(self.config.std or [0.5] * 3)[:, None, None]
-        return (pixels - mean) / std
+        return prepare_images(images, self.image_size, self.config.mean, self.config.std)
 
 
-class _LocalTokenizer:
+def prepare_images(
+    images: np.ndarray | list[Image.Image], size: int, mean: list[float] | None, std: list[float] | None
+) -> torch.Tensor:
+    """Pictures padded to a square, resized, normalised: [B, 3, size, size]. See `Conditioner.encode_image`."""
+    if isinstance(images, list):
+        images = np.stack([_square(image, size) for image in images])
+    elif images.shape[1:3] != (size, size):
+        images = np.stack([_square(Image.fromarray(image), size) for image in images])
+    pixels = torch.from_numpy(images).float().div(255).permute(0, 3, 1, 2)
+    mean_311 = pixels.new_tensor(mean or [0.5] * 3)[:, None, None]
+    std_311 = pixels.new_tensor(std or [0.5] * 3)[:, None, None]
+    return (pixels - mean_311) / std_311
+
+
+class LocalTokenizer:
     """A `tokenizers` tokenizer from its JSON, giving fixed-length ids as open_clip's tokenizers do."""
 
     def __init__(self, tokenizer_json: str, context_length: int) -> None:
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
         self.context_length = context_length
 
     def __call__(self, texts: list[str]) -> torch.Tensor:

@@ -5,16 +5,40 @@ Shapes: B batch, L latent tokens, C latent channels, D width, T text tokens, S i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .transformer import Block
 
-__all__ = ["Condition", "Denoiser", "timestep_embedding"]
+__all__ = ["CONDITIONS", "SHAP_E", "Condition", "Denoiser", "timestep_embedding"]
+
+CONDITIONS = ("text_pooled", "image_pooled", "text_tokens", "image_tokens")
+
+# The released architecture, but for heads, conditions and widths: text300M has 16 heads and reads the pooled text,
+# image300M 8 and the grid of image tokens.
+SHAP_E = {
+    "n_latents": 1024,
+    "channels": 1024,
+    "patch": 1,
+    "width": 1024,
+    "layers": 24,
+    "null": "zeros",
+    "token_kinds": False,
+    "norm_in": True,
+    "time_activation": "gelu",
+    "time_scale": 1024.0,
+    "learned_variance": True,
+    "qk_norm": False,
+    "adaln": False,
+    "prediction": "sample",
+}
 
 
 @dataclass(frozen=True)
@@ -47,20 +71,20 @@ class Condition:
         return Condition(**{name: torch.cat([getattr(c, name) for c in conditions]) for name in names})
 
 
-def timestep_embedding(t_B: torch.Tensor, width: int) -> torch.Tensor:
-    """Sinusoids of 1000·t, cosines first, as Shap-E's; t in [0, 1]. Returns [B, width]."""
+def timestep_embedding(t_B: torch.Tensor, width: int, scale: float = 1000.0) -> torch.Tensor:
+    """Sinusoids of scale·t, cosines first, as Shap-E's; t in [0, 1]. Returns [B, width]."""
     half = width // 2
-    frequencies = torch.exp(-torch.arange(half, device=t_B.device) / half * torch.log(torch.tensor(10_000.0)))
-    angles_BH = 1000 * t_B[:, None] * frequencies
+    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t_B.device) / half)
+    angles_BH = scale * t_B[:, None] * frequencies
     return torch.cat([angles_BH.cos(), angles_BH.sin()], dim=-1)
 
 
 class Denoiser(ModelMixin, ConfigMixin):
-    """Predicts the flow velocity of noisy latents.
+    """Predicts the flow velocity of noisy latents, or the latents themselves (`prediction`).
 
     The noise level and the conditioning tokens stand as a prefix before the latent tokens, as in Shap-E;
-    text and image have each their own projection and their own learned null. With `adaln`, noise level and
-    pooled embeddings also modulate every block.
+    text and image have each their own projection and their own null. With `adaln`, noise level and
+    pooled embeddings also modulate every block. `SHAP_E` holds the released settings.
 
     Args:
         n_latents, channels: L, C.
@@ -68,10 +92,19 @@ class Denoiser(ModelMixin, ConfigMixin):
         width, heads, layers: of the transformer.
         text_width, image_width, pooled_width: of the conditioner's text tokens, image tokens, pooled embeddings.
         max_text_tokens: longest text; its tokens are told their places again, as a small CLIP's last layer blurs them.
+        conditions: which of CONDITIONS the prefix holds.
+        null: an absent condition is a learned token, or zeros before the projection (Shap-E).
+        token_kinds: each prefix token is told what it is.
+        norm_in: LayerNorm over the whole sequence before the blocks.
+        time_activation, time_scale: of the noise level's MLP; what level 1 is as a time step.
+        learned_variance: the last layer's second half, which the release trained for a variance; never evaluated.
+        prediction: flow (velocity noise - data) or sample (the data).
         latent_mean, latent_std: [C], of the training latents; sampling undoes the standardisation with them.
         autoencoder_hash: of the autoencoder whose latents these are; loading refuses another.
         conditioner_hash: of the CLIP whose features these were trained on.
     """
+
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -86,6 +119,14 @@ class Denoiser(ModelMixin, ConfigMixin):
         image_width: int = 512,
         pooled_width: int = 128,
         max_text_tokens: int = 77,
+        conditions: list[str] | tuple[str, ...] = CONDITIONS,
+        null: Literal["learned", "zeros"] = "learned",
+        token_kinds: bool = True,
+        norm_in: bool = False,
+        time_activation: Literal["silu", "gelu"] = "silu",
+        time_scale: float = 1000.0,
+        learned_variance: bool = False,
+        prediction: Literal["flow", "sample"] = "flow",
         qk_norm: bool = True,
         adaln: bool = True,
         latent_mean: list[float] | None = None,
@@ -96,24 +137,47 @@ class Denoiser(ModelMixin, ConfigMixin):
         super().__init__()
         if n_latents % patch:
             raise ValueError(f"patch {patch} does not divide the {n_latents} latent tokens")
+        unknown = sorted(set(conditions) - set(CONDITIONS))
+        if unknown or not conditions:
+            raise ValueError(f"conditions must be some of {', '.join(CONDITIONS)}, got {', '.join(unknown) or 'none'}")
+        self.gradient_checkpointing = False
         n_tokens, token_width = n_latents // patch, channels * patch
-        self.time = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
-        self.text_tokens = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
-        self.text_positions = nn.Parameter(torch.randn(max_text_tokens, width) / width**0.5)
-        self.text_pooled = nn.Linear(pooled_width, width)
-        self.text_null = nn.Parameter(torch.randn(2, width) / width**0.5)
-        self.image_tokens = nn.Sequential(nn.LayerNorm(image_width), nn.Linear(image_width, width))
-        self.image_pooled = nn.Linear(pooled_width, width)
-        self.image_null = nn.Parameter(torch.randn(2, width) / width**0.5)
-        self.kinds = nn.Parameter(torch.randn(5, width) / width**0.5)
+        activation = nn.SiLU() if time_activation == "silu" else nn.GELU()
+        self.time = nn.Sequential(nn.Linear(width, 4 * width), activation, nn.Linear(4 * width, width))
+        if "text_tokens" in conditions:
+            self.text_tokens = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
+            self.text_positions = nn.Parameter(torch.randn(max_text_tokens, width) / width**0.5)
+        if "text_pooled" in conditions:
+            self.text_pooled = nn.Linear(pooled_width, width)
+        if "image_tokens" in conditions:
+            self.image_tokens = nn.Sequential(nn.LayerNorm(image_width), nn.Linear(image_width, width))
+        if "image_pooled" in conditions:
+            self.image_pooled = nn.Linear(pooled_width, width)
+        if null == "learned":
+            pooled = [name for name in conditions if name.endswith("pooled")]
+            self.nulls = nn.ParameterDict({name: torch.randn(width) / width**0.5 for name in pooled})
+        if token_kinds:
+            self.kinds = nn.ParameterDict({name: torch.randn(width) / width**0.5 for name in (*conditions, "time")})
         self.latent_in = nn.Linear(token_width, width)
         self.positions = nn.Parameter(torch.randn(n_tokens, width) / width**0.5)
+        self.norm_sequence = nn.LayerNorm(width) if norm_in else nn.Identity()
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width)) if adaln else None
         self.blocks = nn.ModuleList(Block(width, heads, qk_norm=qk_norm, modulated=adaln) for _ in range(layers))
         self.norm_out = nn.LayerNorm(width)
-        self.latent_out = nn.Linear(width, token_width)
+        self.latent_out = nn.Linear(width, token_width * (2 if learned_variance else 1))
         nn.init.zeros_(self.latent_out.weight)
         nn.init.zeros_(self.latent_out.bias)
+
+    def takes(self, kind: Literal["text", "image"]) -> bool:
+        """Whether it reads text, or images."""
+        return any(name.startswith(kind) for name in self.config.conditions)
+
+    def bounds(self) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """Least and largest standardised latents there can be: those of the autoencoder lie in (-1, 1)."""
+        if self.config.latent_mean is None:
+            return -1.0, 1.0
+        mean_C, std_C = (torch.tensor(v, device=self.device) for v in (self.config.latent_mean, self.config.latent_std))
+        return (-1 - mean_C) / std_C, (1 - mean_C) / std_C
 
     def restore(self, x_BLC: torch.Tensor) -> torch.Tensor:
         """Standardised latents to the autoencoder's, clamped to its (-1, 1)."""
@@ -123,44 +187,67 @@ class Denoiser(ModelMixin, ConfigMixin):
         return (x_BLC * std_C + mean_C).clamp(-1, 1)
 
     def forward(self, x_BLC: torch.Tensor, t_B: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """Velocity noise - data of the path x_t = (1 - t)·data + t·noise.
+        """Velocity noise - data of the path x_t = (1 - t)·data + t·noise, or the data (`prediction`).
 
         Args:
-            x_BLC: noisy standardised latents.
-            t_B: noise level in [0, 1].
+            x_BLC: noisy standardised latents; where the data are predicted, scaled to unit variance.
+            t_B: noise level in [0, 1]; where the data are predicted, the time step over their number.
         Returns: [B, L, C].
         """
-        time_BD = self.time(timestep_embedding(t_B, self.config.width).to(x_BLC.dtype))
+        config = self.config
+        time_BD = self.time(timestep_embedding(t_B, config.width, config.time_scale).to(x_BLC.dtype))
         prefix_BMD, mask_BM, pooled_BD = self._prefix(condition)
-        latents_BND = self.latent_in(x_BLC.unflatten(1, (-1, self.config.patch)).flatten(2)) + self.positions
-        h_BND = torch.cat([(time_BD + self.kinds[4])[:, None], prefix_BMD, latents_BND], dim=1)
-        mask_BN = nn.functional.pad(mask_BM, (1, latents_BND.shape[1]), value=True)
+        latents_BND = self.latent_in(x_BLC.unflatten(1, (-1, config.patch)).flatten(2)) + self.positions
+        time_token_BD = time_BD + self.kinds["time"] if config.token_kinds else time_BD
+        h_BND = self.norm_sequence(torch.cat([time_token_BD[:, None], prefix_BMD, latents_BND], dim=1))
+        mask_BN = None
+        if mask_BM is not None:
+            mask_BN = nn.functional.pad(mask_BM, (1, latents_BND.shape[1]), value=True)
         modulation = None
         if self.modulation is not None:
             modulation = self.modulation(time_BD + pooled_BD).unflatten(-1, (6, -1))
         for block in self.blocks:
-            h_BND = block(h_BND, mask_BM=mask_BN, modulation_B6D=modulation)
-        y_BND = self.latent_out(self.norm_out(h_BND[:, -latents_BND.shape[1] :]))
-        return y_BND.unflatten(-1, (self.config.patch, -1)).flatten(1, 2)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h_BND = checkpoint(block, h_BND, None, mask_BM=mask_BN, modulation_B6D=modulation, use_reentrant=False)
+            else:
+                h_BND = block(h_BND, mask_BM=mask_BN, modulation_B6D=modulation)
+        h_BND = self.norm_out(h_BND[:, -latents_BND.shape[1] :])
+        n_out = config.channels * config.patch
+        y_BND = nn.functional.linear(h_BND, self.latent_out.weight[:n_out], self.latent_out.bias[:n_out])
+        return y_BND.unflatten(-1, (config.patch, -1)).flatten(1, 2)
 
-    def _prefix(self, condition: Condition) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Conditioning tokens [B, M, D], their mask, and the sum of the pooled embeddings [B, D].
+    def _prefix(self, condition: Condition) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | int]:
+        """Conditioning tokens [B, M, D], their mask (None where all are seen), and the sum of the pooled ones [B, D].
 
-        A sample without text (or image) shows one null token in its place; the others are masked away.
+        With learned nulls, a sample without text (or image) shows one null token in its pooled place, and its other
+        tokens are masked away; with zeros, Shap-E's way, it shows what the projection makes of zeros.
         """
-        has_text, has_image = condition.has_text[:, None, None], condition.has_image[:, None, None]
-        scale = condition.text_pooled.shape[-1] ** 0.5  # unit vectors to unit variance, as Shap-E scales CLIP's
-        n_words = condition.text_tokens.shape[1]
-        text = self.text_tokens(condition.text_tokens) + self.text_positions[:n_words] + self.kinds[0]
-        text = torch.where(has_text, text, self.text_null[0])
-        text_pooled = torch.where(has_text, self.text_pooled(condition.text_pooled * scale)[:, None], self.text_null[1])
-        image = self.image_tokens(condition.image_tokens) + self.kinds[2]
-        image = torch.where(has_image, image, self.image_null[0])
-        image_pooled = torch.where(
-            has_image, self.image_pooled(condition.image_pooled * scale)[:, None], self.image_null[1]
-        )
-        tokens = torch.cat([text_pooled + self.kinds[1], image_pooled + self.kinds[3], text, image], dim=1)
-        always = torch.ones_like(condition.has_text)[:, None].expand(-1, 2)
-        shown_text = condition.text_mask & condition.has_text[:, None]
-        shown_image = condition.has_image[:, None].expand(-1, image.shape[1])
-        return tokens, torch.cat([always, shown_text, shown_image], dim=1), (text_pooled + image_pooled)[:, 0]
+        # Unit vectors to unit variance, as Shap-E scales CLIP's.
+        scale = condition.text_pooled.shape[-1] ** 0.5
+        tokens, masks, pooled = [], [], 0
+        for name in CONDITIONS:
+            if name not in self.config.conditions:
+                continue
+            kind = name.split("_")[0]
+            present_B = condition.has_text if kind == "text" else condition.has_image
+            value = getattr(condition, name)
+            value_BMF = value[:, None] * scale if value.ndim == 2 else value
+            token_BMD = self._null_or(name, present_B[:, None, None], value_BMF)
+            if name.endswith("pooled"):
+                pooled = pooled + token_BMD[:, 0]
+                masks.append(torch.ones_like(present_B)[:, None])
+            else:
+                shown_BM = present_B[:, None].expand(-1, token_BMD.shape[1])
+                masks.append(shown_BM & condition.text_mask if kind == "text" else shown_BM)
+            tokens.append(token_BMD + self.kinds[name] if self.config.token_kinds else token_BMD)
+        mask_BM = torch.cat(masks, dim=1) if self.config.null == "learned" else None
+        return torch.cat(tokens, dim=1), mask_BM, pooled
+
+    def _null_or(self, name: str, present_B11: torch.Tensor, value_BMF: torch.Tensor) -> torch.Tensor:
+        """The projected condition, [B, M, D], or its null where it is absent."""
+        if self.config.null == "zeros":
+            return getattr(self, name)(torch.where(present_B11, value_BMF, 0.0))
+        projected_BMD = getattr(self, name)(value_BMF)
+        if name == "text_tokens":
+            projected_BMD = projected_BMD + self.text_positions[: projected_BMD.shape[1]]
+        return torch.where(present_B11, projected_BMD, self.nulls[name]) if name in self.nulls else projected_BMD

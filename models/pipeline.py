@@ -6,15 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 from PIL import Image
 
+from ..errors import UserError
 from .autoencoder import Autoencoder
 from .conditioner import Conditioner, ImageFeatures, TextFeatures
 from .decoder import ImplicitField
 from .denoiser import Condition, Denoiser
-from .guidance import guided, sample_latents
+from .guidance import fast_solver, guided, sample_latents
 from .mesh import ExtractedMesh, extract_mesh
+from .transformers_clip import TransformersConditioner
 
 __all__ = ["PipelineOutput", "ShapeloomPipeline", "condition_from"]
 
@@ -42,8 +44,8 @@ class ShapeloomPipeline(DiffusionPipeline):
         self,
         autoencoder: Autoencoder,
         denoiser: Denoiser,
-        conditioner: Conditioner,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        conditioner: Conditioner | TransformersConditioner,
+        scheduler: FlowMatchEulerDiscreteScheduler | HeunDiscreteScheduler,
     ) -> None:
         super().__init__()
         self.register_modules(autoencoder=autoencoder, denoiser=denoiser, conditioner=conditioner, scheduler=scheduler)
@@ -58,6 +60,7 @@ class ShapeloomPipeline(DiffusionPipeline):
         text_guidance: float = 3.0,
         image_guidance: float = 2.0,
         resolution: int = 64,
+        solver: str = "own",
         on_step: Callable[[int], None] | None = None,
     ) -> PipelineOutput:
         """One object for each (text, image, seed) triple, taken side by side.
@@ -65,10 +68,12 @@ class ShapeloomPipeline(DiffusionPipeline):
         Args:
             text, image: B each; either may be None.
             seeds: B; an object depends on its own seed and condition only, never on its batch.
-            steps: network calls of the solver.
+            steps: of the solver.
             text_guidance, image_guidance: scales of the two conditions; 1 is no guidance.
-            resolution: mesh cells along each axis.
-        Raises: ValueError if there is neither text nor image, or their counts differ.
+            resolution: points of the mesh's lattice along each axis.
+            solver: own, the pipeline's scheduler, or dpm++ on its noise schedule (data predictions alone).
+        Raises: ValueError if there is neither text nor image, their counts differ, the model takes no such condition,
+            or the solver does not fit the model.
         """
         latents_BLC = self.generate_latents(
             text,
@@ -77,6 +82,7 @@ class ShapeloomPipeline(DiffusionPipeline):
             steps=steps,
             text_guidance=text_guidance,
             image_guidance=image_guidance,
+            solver=solver,
             on_step=on_step,
         )
         return PipelineOutput(latents_BLC, extract_mesh(self.decode(latents_BLC), resolution))
@@ -91,6 +97,7 @@ class ShapeloomPipeline(DiffusionPipeline):
         steps: int = 24,
         text_guidance: float = 3.0,
         image_guidance: float = 2.0,
+        solver: str = "own",
         on_step: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """As `__call__`, the latents alone: [B, L, C]."""
@@ -103,18 +110,31 @@ class ShapeloomPipeline(DiffusionPipeline):
                 f"text, image and seeds go side by side, got {len(text or [])} texts, {len(image or [])} images "
                 f"and {len(seeds)} seeds"
             )
+        for kind, given in (("text", text), ("image", image)):
+            if given and not self.denoiser.takes(kind):
+                other = "an image" if kind == "text" else "text"
+                raise UserError(f"this model was not trained on {kind}: condition it on {other} instead")
         condition = condition_from(
             self.conditioner.encode_text(text) if text else None,
             self.conditioner.encode_image(image) if image else None,
             self.denoiser,
         )
-        velocity = guided(self.denoiser, condition, text_scale=text_guidance, image_scale=image_guidance)
+        predict = guided(self.denoiser, condition, text_scale=text_guidance, image_scale=image_guidance)
         config = self.denoiser.config
         noise_BLC = torch.stack(
             [torch.randn(config.n_latents, config.channels, generator=torch.Generator().manual_seed(s)) for s in seeds]
         ).to(self.denoiser.device)
-        x_BLC = sample_latents(velocity, noise_BLC, self.scheduler, steps=steps, on_step=on_step)
+        x_BLC = sample_latents(predict, noise_BLC, self._solver(solver), steps=steps, on_step=on_step)
         return self.denoiser.restore(x_BLC)
+
+    def _solver(self, name: str):
+        if name == "own":
+            return self.scheduler
+        if name != "dpm++":
+            raise UserError(f"solver '{name}' is not known: own or dpm++")
+        if self.denoiser.config.prediction != "sample":
+            raise UserError("solver dpm++ is for models that predict the data; this one predicts a flow: leave it at own")
+        return fast_solver(self.scheduler)
 
     @torch.inference_mode()
     def decode(self, latents_BLC: torch.Tensor) -> ImplicitField:

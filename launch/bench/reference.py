@@ -1,7 +1,7 @@
 """What the benchmarks and the parity tests compare with: diffusers' Shap-E classes holding the same weights.
 
-The field to measure on is `chair_field.safetensors` (Shap-E's layer shapes fitted to an analytic chair), so that there is
-empty space and a surface; $SHAPELOOM_CHAIR names it, by default it lies in shared/shap_e_keys beside the repository.
+The field to measure on is `chair_field.safetensors` (Shap-E's layer shapes fitted to an analytic chair), so that there
+is empty space and a surface; $SHAPELOOM_CHAIR names it, else it lies in shared/shap_e_keys beside the repository.
 """
 
 from __future__ import annotations
