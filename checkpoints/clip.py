@@ -85,8 +85,10 @@ def _from_name(name: str, pretrained: str) -> Conditioner:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"CLIP {name}/{pretrained} cannot be loaded ({reason})") from None
     normalise = preprocess.transforms[-1]
+    # OpenAI's weights were trained with QuickGELU whatever the model's name says; open_clip only warns of the mismatch.
+    trained_as = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", cfg.get("quick_gelu", False))
     model = Conditioner(
-        model_cfg={**cfg, "quick_gelu": cfg.get("quick_gelu", False)},
+        model_cfg={**cfg, "quick_gelu": trained_as},
         mean=list(map(float, normalise.mean)),
         std=list(map(float, normalise.std)),
         name=f"{name}/{pretrained}",

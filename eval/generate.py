@@ -82,7 +82,8 @@ def generate_batch(
     """A mesh for each request (settings as in `generate`), under a progress bar."""
     meshes: list[ExtractedMesh] = []
     with Bar(len(requests), description) as bar:
-        for latents_BLC in generate(pipe, requests, batch_size=batch_size, **settings):
+        show = lambda step: bar.update(0, step=step + 1)  # noqa: E731 - a large model takes minutes an object
+        for latents_BLC in generate(pipe, requests, batch_size=batch_size, on_step=show, **settings):
             meshes += extract_mesh(pipe.decode(torch.from_numpy(latents_BLC)), resolution)
             bar.update(len(latents_BLC))
     return meshes
@@ -99,6 +100,7 @@ def sample(
     image_guidance: float = 2.0,
     steps: int = 24,
     resolution: int = 64,
+    solver: str = "own",
     device: str | None = None,
 ) -> dict[str, Any]:
     """Make objects and write a GLB and a PNG of each, `contact_sheet.png` and `samples.json` into `out`.
@@ -119,8 +121,8 @@ def sample(
         raise UserError('nothing to make: give --text "a red cube", or --image picture.png, or both')
     if not seeds:
         raise UserError("no seed to sample with: give at least one, for example --seeds 0-3")
-    if steps < 1 or resolution < 4 or resolution % 4:
-        raise UserError(f"steps must be at least 1 and resolution a multiple of 4, got {steps} and {resolution}")
+    if steps < 1 or resolution < 4:
+        raise UserError(f"steps must be at least 1 and resolution at least 4, got {steps} and {resolution}")
     pipe = _loaded(pipeline, device)
     no_text: list[str | None] = [None]
     no_picture: list[tuple[Path, Image.Image] | None] = [None]
@@ -128,6 +130,7 @@ def sample(
     names = _names(conditions)
     requests = [Request(seed, text, picture and picture[1]) for text, picture in conditions for seed in seeds]
     settings: dict[str, Any] = {"steps": steps, "text_guidance": text_guidance, "image_guidance": image_guidance}
+    settings |= {"solver": solver}
     meshes = generate_batch(pipe, requests, batch_size=8, resolution=resolution, **settings)
 
     out = Path(out)

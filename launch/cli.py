@@ -28,7 +28,11 @@ train_app = typer.Typer(
     no_args_is_help=True,
 )
 eval_app = typer.Typer(help="Put numbers on what was trained.", no_args_is_help=True)
+import_app = typer.Typer(help="Bring in published weights.", no_args_is_help=True)
+export_app = typer.Typer(help="Hand pipelines to other software.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(import_app, name="import")
+app.add_typer(export_app, name="export")
 app.add_typer(train_app, name="train")
 app.add_typer(eval_app, name="eval")
 
@@ -264,6 +268,46 @@ def _run_stage(
     )
 
 
+# --- Shap-E's weights ------------------------------------------------------------------------------------------------
+
+
+@import_app.command(
+    "shap-e", epilog="Example: shapeloom import shap-e --source weights/ --condition text --out runs/shap-e"
+)
+def import_shap_e(
+    source: Annotated[
+        Path, typer.Option(help="A folder of OpenAI's .pt files, or a diffusers Shap-E pipeline folder.")
+    ],
+    out: Annotated[Path, typer.Option(help="The pipeline folder to write.")],
+    condition: Annotated[
+        str | None, typer.Option(help="text or image, where SOURCE has both.", show_default="the one there is")
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            help="The CLIP for .pt files: a folder of transformers or open_clip, or open_clip's NAME/PRETRAINED.",
+            show_default="ViT-L-14-quickgelu/openai; a diffusers folder has its own",
+        ),
+    ] = None,
+) -> None:
+    """Make a pipeline folder of the released Shap-E weights: sample it, fine-tune it."""
+    from ..checkpoints.shap_e import import_shap_e as bring_in
+
+    print(bring_in(source, out, kind=condition, clip=clip))
+
+
+@export_app.command("diffusers", epilog="Example: shapeloom export diffusers runs/shap-e/pipeline --out exported/")
+def export_diffusers(
+    pipeline: PipelineFolder,
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+) -> None:
+    """Write a pipeline of Shap-E's architecture as diffusers' own ShapEPipeline or ShapEImg2ImgPipeline."""
+    from ..checkpoints.diffusers_export import export_diffusers as hand_out
+    from ..checkpoints.pipeline import load
+
+    print(f"{out}: {hand_out(load(pipeline), out)}")
+
+
 # --- sampling and evaluation -----------------------------------------------------------------------------------------
 
 
@@ -281,7 +325,10 @@ def sample(
     text_guidance: TextGuidance = 3.0,
     image_guidance: ImageGuidance = 2.0,
     steps: Steps = 24,
-    resolution: Annotated[int, typer.Option(min=8, max=1024, help="Cells of the mesh grid along an edge.")] = 64,
+    resolution: Annotated[int, typer.Option(min=4, help="Points of the mesh's lattice along an edge.")] = 64,
+    solver: Annotated[
+        str, typer.Option(help="own, the pipeline's; or dpm++ (models that predict the data): as good in fewer calls.")
+    ] = "own",
     device: Device = None,
 ) -> None:
     """Make 3D objects from text, from an image, or from both together."""
@@ -297,6 +344,7 @@ def sample(
         image_guidance=image_guidance,
         steps=steps,
         resolution=resolution,
+        solver=solver,
         device=device,
     )
 

@@ -133,7 +133,7 @@ class ShapeloomPipeline(DiffusionPipeline):
         if name != "dpm++":
             raise UserError(f"solver '{name}' is not known: own or dpm++")
         if self.denoiser.config.prediction != "sample":
-            raise UserError("solver dpm++ is for models that predict the data; this one predicts a flow: leave it at own")
+            raise UserError("solver dpm++ is for models that predict the data; this one predicts a flow: use own")
         return fast_solver(self.scheduler)
 
     @torch.inference_mode()

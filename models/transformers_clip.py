@@ -21,6 +21,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from ..errors import UserError
 from .conditioner import ImageFeatures, LocalTokenizer, TextFeatures, prepare_images
 from .hashing import weights_hash
 
@@ -79,9 +80,9 @@ class TransformersConditioner(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> TextFeatures:
-        """Text features; T is the longest text of the batch. Raises ValueError without a text tower."""
+        """Text features; T is the longest text of the batch. Raises UserError without a text tower."""
         if self.text is None:
-            raise ValueError("this conditioner reads pictures alone: give --image instead of --text")
+            raise UserError("this conditioner reads pictures alone: give --image instead of --text")
         ids_BT = self.tokenize(texts).to(self.device)
         out = self.text(input_ids=ids_BT)
         lengths_B = ids_BT.argmax(dim=-1) + 1  # the end token has the highest id
@@ -91,9 +92,9 @@ class TransformersConditioner(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def encode_image(self, images: np.ndarray | list[Image.Image]) -> ImageFeatures:
-        """As `Conditioner.encode_image`. Raises ValueError without an image tower."""
+        """As `Conditioner.encode_image`. Raises UserError without an image tower."""
         if self.vision is None:
-            raise ValueError("this conditioner reads text alone: give --text instead of --image")
+            raise UserError("this conditioner reads text alone: give --text instead of --image")
         pixels = prepare_images(images, self.image_size, self.config.mean, self.config.std).to(self.device)
         out = self.vision(pixel_values=pixels)
         pooled = out.image_embeds if self.config.vision_projection else out.pooler_output
