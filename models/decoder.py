@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .transformer import Block, fourier_features
 
@@ -139,6 +140,7 @@ class FieldHead(nn.Module):
         density_scale: float,
     ) -> None:
         super().__init__()
+        self.gradient_checkpointing = False  # a ray's many points would otherwise all keep their activations
         self.kind, self.n_frequencies, self.density_scale = kind, n_frequencies, density_scale
         extra = int(generated_bias)
         n_features = 3 * (1 + 2 * n_frequencies)
@@ -153,6 +155,14 @@ class FieldHead(nn.Module):
                 self.out[-1].bias[1:3] += 0.1
 
     def forward(self, points_BP3: torch.Tensor, weights: list[torch.Tensor]) -> FieldValues:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            out_BPO = checkpoint(self._evaluate, points_BP3, *weights, use_reentrant=False)
+        else:
+            out_BPO = self._evaluate(points_BP3, *weights)
+        return self._volsdf(out_BPO) if self.kind == "volsdf" else self._nerstf(out_BPO)
+
+    def _evaluate(self, points_BP3: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        """The last layer's outputs, before their activations: [B, P, O]."""
         if self.kind == "volsdf":
             h = fourier_features(points_BP3, self.n_frequencies)
         else:
@@ -165,9 +175,8 @@ class FieldHead(nn.Module):
                 h = F.silu(F.linear(h, weight_BRI[0], bias_BR[0]), inplace=True)
             else:
                 h = F.silu(torch.baddbmm(bias_BR[:, None], h, weight_BRI.transpose(1, 2)), inplace=True)
-        out_BPO = self.out(h)
-        out_BPO = out_BPO[None] if alone else out_BPO
-        return self._volsdf(out_BPO) if self.kind == "volsdf" else self._nerstf(out_BPO)
+        out = self.out(h)
+        return out[None] if alone else out
 
     def _bias(self, i: int, weight_BRI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A generated layer's bias and its matrix proper."""
