@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from shapeloom.training.clip import contrastive_loss, train_tokenizer
-from shapeloom.training.losses import color_loss, occupancy_loss, sdf_loss
+from shapeloom.training.losses import (
+    color_loss,
+    distill_color_loss,
+    distill_sdf_loss,
+    mesh_render_loss,
+    nerf_color_loss,
+    occupancy_loss,
+    premultiply,
+    sdf_loss,
+    transmittance_loss,
+)
 
 
 def test_sdf_loss_is_truncated():
@@ -25,6 +35,56 @@ def test_color_loss_counts_points_near_the_surface_only():
     true = torch.zeros(1, 2, 3)
     assert color_loss(predicted, true, torch.tensor([[0.01, 0.9]]), reach=0.1).item() == pytest.approx(0.5)
     assert color_loss(predicted, true, torch.tensor([[0.9, 0.9]]), reach=0.1).item() == 0
+
+
+# Two assets of two rays. Of the first: one ray too red by 0.3, one missed altogether; the second is right.
+RENDER = torch.tensor([[[0.8, 0.2, 0.4, 1.0], [0.0, 0.0, 0.0, 0.0]], [[0.1, 0.2, 0.3, 0.5], [0.0, 0.0, 0.0, 0.0]]])
+TARGET = torch.tensor([[[0.5, 0.2, 0.4, 1.0], [0.6, 0.3, 0.0, 0.6]], [[0.1, 0.2, 0.3, 0.5], [0.0, 0.0, 0.0, 0.0]]])
+PICTURES = (RENDER[..., :3], RENDER[..., 3], TARGET[..., :3], TARGET[..., 3])
+
+
+def test_premultiplied_colours_are_those_on_black():
+    rgb, alpha = premultiply(torch.tensor([[1.0, 0.5, 0.0, 0.5], [0.3, 0.3, 0.3, 0.0]]))
+    assert rgb.tolist() == [[0.5, 0.25, 0.0], [0.0, 0.0, 0.0]] and alpha.tolist() == [0.5, 0.0]
+
+
+def test_nerf_color_loss_on_black_and_on_a_background():
+    assert nerf_color_loss(*PICTURES).tolist() == pytest.approx([(0.3 + 0.6 + 0.3) / 6, 0])
+    # On white the missed ray shows white: its target is (1, 0.7, 0.4), so what differs is green and blue.
+    assert nerf_color_loss(*PICTURES, background=1.0).tolist() == pytest.approx([(0.3 + 0.3 + 0.6) / 6, 0])
+    own = torch.tensor([[[0.0, 0.0, 1.0]], [[1.0, 1.0, 1.0]]])  # one for each asset
+    assert nerf_color_loss(*PICTURES, background=own).tolist() == pytest.approx([(0.3 + 0.6 + 0.3 + 0.6) / 6, 0])
+
+
+def test_transmittance_loss_is_that_of_alpha():
+    assert transmittance_loss(PICTURES[1], PICTURES[3]).tolist() == pytest.approx([0.3, 0])
+    transmittances = (1 - PICTURES[1], 1 - PICTURES[3])
+    assert transmittance_loss(*transmittances).tolist() == pytest.approx([0.3, 0])
+
+
+def test_distilled_distances_are_truncated_as_targets_only():
+    predicted = torch.tensor([[0.1, 0.5], [0.0, -0.2]], requires_grad=True)
+    true = torch.tensor([[0.4, -3.0], [0.0, -0.2]])
+    assert distill_sdf_loss(predicted, true).tolist() == pytest.approx([(0.09 + 12.25) / 2, 0])
+    loss = distill_sdf_loss(predicted, true, truncation=0.3)
+    assert loss.tolist() == pytest.approx([(0.04 + 0.64) / 2, 0])
+    loss.sum().backward()
+    assert predicted.grad.flatten().tolist() == pytest.approx([-0.2, 0.8, 0, 0])  # beyond the truncation too
+
+
+def test_distilled_colours_near_and_everywhere():
+    predicted = torch.tensor([[[0.5, 0.5, 0.5], [1.0, 0.0, 0.0]]])
+    true, distance = torch.zeros(1, 2, 3), torch.tensor([[0.01, -0.9]])
+    assert distill_color_loss(predicted, true, distance).item() == pytest.approx((0.25 + 1 / 3) / 2)
+    assert distill_color_loss(predicted, true, distance, reach=0.1).item() == pytest.approx(0.25)
+    assert distill_color_loss(predicted, true, distance, reach=0.001).item() == 0
+
+
+def test_mesh_render_loss_is_the_mean_over_four_channels():
+    expected = (RENDER - TARGET).square().flatten(1).mean(1)
+    assert torch.allclose(mesh_render_loss(*PICTURES), expected) and expected[0] > 0
+    views = [picture[:, None, None] for picture in PICTURES]  # [B, V, H, W(, 3)]
+    assert torch.allclose(mesh_render_loss(*views), expected)
 
 
 def features(*angles: float) -> torch.Tensor:
