@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,8 @@ def sample(
         entry: dict[str, Any] = {"text": text, "image": str(picture[0]) if picture else None, "seed": seed}
         entry |= {"image_sha256": sha256_file(picture[0]) if picture else None, "empty": is_empty(mesh)}
         entry |= {"png": f"{stem}.png", "glb": None, "vertices": len(mesh.vertices), "faces": len(mesh.faces)}
+        # JSON has no number for what is not finite.
+        entry |= {"sdf_range": [round(value, 4) if isfinite(value) else None for value in mesh.sdf_range]}
         if not is_empty(mesh):
             write_glb(out / f"{stem}.glb", mesh)
             entry["glb"] = f"{stem}.glb"
@@ -244,4 +247,8 @@ def _tell(out: Path, samples: Sequence[dict[str, Any]]) -> None:
     for entry in samples:
         if entry["empty"]:
             what = entry["text"] or entry["image"]
-            print(f"  no surface for {what!r} with seed {entry['seed']}: try another seed or a lower guidance")
+            low, high = ("not finite" if value is None else f"{value:.3g}" for value in entry["sdf_range"])
+            print(
+                f"  {what!r} with seed {entry['seed']}: no surface: signed distance lies in [{low}, {high}]; "
+                "try another seed or a lower guidance"
+            )

@@ -67,7 +67,7 @@ def picture(tmp_path):
         ({"texts": ["a" * 3000]}, "3000 characters"),
         ({"texts": ["a cube"], "seeds": []}, "no seed"),
         ({"texts": ["a cube"], "steps": 0}, "steps"),
-        ({"texts": ["a cube"], "resolution": 50}, "multiple of 4"),
+        ({"texts": ["a cube"], "resolution": 3}, "at least 4"),
         ({"images": ["absent.png"]}, "absent.png does not exist"),
     ],
 )
@@ -121,7 +121,8 @@ def test_text_alone(tmp_path):
     assert json.loads((tmp_path / "samples.json").read_text()) == record
     text, image, seeds, settings = pipe.batches[0]
     assert text == ["A red cube!"] * 2 + ["a red cube"] * 2 and image is None and seeds == [0, 2, 0, 2]
-    assert settings == {"steps": 7, "text_guidance": 4.0, "image_guidance": 2.0}
+    assert settings.pop("on_step") is not None
+    assert settings == {"steps": 7, "text_guidance": 4.0, "image_guidance": 2.0, "solver": "own"}
 
 
 def test_image_alone_and_both_together(tmp_path, picture):
@@ -139,7 +140,8 @@ def test_image_alone_and_both_together(tmp_path, picture):
 def test_an_empty_object_has_no_glb_and_is_told(tmp_path, capsys):
     record = sample(FakePipeline(), texts=["a cube"], seeds=[13, 1], out=tmp_path)
     assert [(entry["empty"], entry["glb"]) for entry in record["samples"]] == [(True, None), (False, "a-cube-1.glb")]
-    assert "no surface for 'a cube' with seed 13" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "'a cube' with seed 13: no surface: signed distance lies in [" in said
 
 
 def test_batches_hold_one_kind_of_condition():
