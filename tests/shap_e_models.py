@@ -23,6 +23,7 @@ from transformers import (
     CLIPVisionModel,
 )
 
+from shapeloom.models.decoder import FieldValues, ImplicitField
 from shapeloom.models.marching_cubes import case_table
 
 KEYS = Path(__file__).resolve().parent.parent.parent / "shared" / "shap_e_keys"
@@ -82,6 +83,26 @@ def renderer(sizes: dict, seed: int = 1) -> ShapERenderer:
     model.mesh_decoder.cases.copy_(cases)
     model.mesh_decoder.masks.copy_(masks)
     return model
+
+
+class InTheirFrame:
+    """A field of ours that is asked for points with z up, as theirs: so lattices and cells are the same ones.
+
+    (At the encoding's highest frequency, 2^14, a last bit of a coordinate moves random weights' vertices by 1e-4.)
+    """
+
+    def __init__(self, field: ImplicitField) -> None:
+        self.field, self.device = field, field.device
+
+    def __len__(self) -> int:
+        return len(self.field)
+
+    def __getitem__(self, item: int) -> InTheirFrame:
+        return InTheirFrame(self.field[item])
+
+    def __call__(self, points: torch.Tensor) -> FieldValues:
+        x, y, z = points.unbind(-1)
+        return self.field(torch.stack([x, z, -y], dim=-1))
 
 
 def scheduler() -> HeunDiscreteScheduler:
