@@ -7,6 +7,8 @@ Members of a sample (L latent tokens, C channels, K captions, T text tokens, V v
     text.npz      tokens f16 [K, T, E], lengths i16 [K], pooled f16 [K, P]
     image.npz     tokens f16 [V, S, E], pooled f16 [V, P]
 
+K or V is 0 where the conditioner has no tower for text or images.
+
 Beside the shards: `autoencoder/` and `conditioner/`, the models that made them, so that a denoiser trained here leaves
 a pipeline that is whole.
 """
@@ -39,6 +41,14 @@ class LatentSample:
     text_pooled: np.ndarray
     image_tokens: np.ndarray
     image_pooled: np.ndarray
+
+    @property
+    def has_text(self) -> bool:
+        return len(self.text_pooled) > 0
+
+    @property
+    def has_image(self) -> bool:
+        return len(self.image_pooled) > 0
 
 
 def encode_latent_sample(sample: LatentSample, meta: dict[str, Any]) -> dict[str, bytes]:

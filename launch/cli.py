@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -229,13 +230,18 @@ def train_autoencoder(
 def train_denoiser(
     data: Annotated[Path, typer.Option(help="A folder of latent shards, as encode makes it.")],
     out: Annotated[Path, typer.Option(help="The run folder; its pipeline/ is what sampling loads.")],
+    init: Annotated[
+        Path | None,
+        typer.Option(help="A pipeline folder to go on from; the latents are of its autoencoder and conditioner."),
+    ] = None,
     preset: Preset = None,
     config: ConfigFile = None,
     resume: Resume = "auto",
     overrides: Overrides = None,
 ) -> None:
-    """Train the denoiser on latents."""
-    _run_stage("denoiser", data, out, preset, config, resume, overrides)
+    """Train the denoiser on latents; with --init, fine-tune one: all of it, or adapters (lora.rank=16)."""
+    start = [f"init={json.dumps(str(init), ensure_ascii=False)}"] if init else []  # JSON is YAML, in which overrides are written
+    _run_stage("denoiser", data, out, preset, config, resume, [*start, *(overrides or [])])
 
 
 @app.command(

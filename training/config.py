@@ -32,6 +32,7 @@ class RunConfig(Config):
     steps: int = 1000
     batch_size: int = 64  # samples of one optimiser step, over all processes and accumulated parts
     accumulate: int = 1  # parts one process's share of a batch is split into, to save memory
+    gradient_checkpointing: bool = False  # blocks are computed again in the backward pass, for a fraction of the memory
     precision: Literal["no", "bf16"] = "no"
     processes: int | None = None  # how many there must be; None takes what the launcher started
     cpu: bool = False  # even where there is a GPU

@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 
 from ..checkpoints.clip import load_clip
-from ..checkpoints.folders import load_model_folder, publish_model
+from ..checkpoints.folders import class_of, load_model_folder, publish_model
+from ..checkpoints.pipeline import load_conditioner
 from ..config import Config
 from ..data_pipes.latents import LatentSample, encode_latent_sample
 from ..data_pipes.loader import RawDataset, RawSample
@@ -26,18 +27,22 @@ from ..files import read_json, write_atomic, write_json
 from ..models.autoencoder import Autoencoder
 from ..models.conditioner import Conditioner
 from ..models.hashing import weights_hash
+from ..models.transformers_clip import TransformersConditioner
 from ..progress import track
-from .autoencoder import surface_features
+from .inputs import stacked, surface_features, view_arrays, view_inputs
 
 __all__ = ["EncodeRun", "run"]
+
+AnyConditioner = Conditioner | TransformersConditioner
 
 
 class EncodeRun(Config):
     data: str = ""
     out: str = ""
-    autoencoder: str = ""  # folder of the trained autoencoder
-    clip: str = ""  # folder or open_clip name of the conditioner
+    autoencoder: str = ""  # folder of the trained autoencoder, or a pipeline's autoencoder/
+    clip: str = ""  # the conditioner: folder or name of an open_clip model, or a pipeline's conditioner/
     n_surface: int = 2048  # surface points encoded, the first of each sample
+    n_posed_views: int = 20  # views encoded beside them by an autoencoder that reads views, the first of each sample
     n_views: int = 4  # views whose image features are kept
     n_captions: int = 4  # captions whose text features are kept
     batch_size: int = 32
@@ -51,9 +56,12 @@ def run(config: EncodeRun, *, resume: str = "auto") -> None:
         if not getattr(config, name):
             raise UserError(f"encode needs {name}=FOLDER, the {name} to encode with")
     accelerator = Accelerator(cpu=config.cpu or not torch.cuda.is_available())
-    autoencoder = load_model_folder(Autoencoder, config.autoencoder).to(accelerator.device)
-    conditioner = load_clip(config.clip).to(accelerator.device)
-    data = RawDataset(config.data, parts=("surface", "lit"), cache_bytes=0)
+    autoencoder = load_encoder(config.autoencoder).to(accelerator.device)
+    conditioner = load_features(config.clip).to(accelerator.device)
+    reads_views = bool(autoencoder.config.patch_size and config.n_posed_views)
+    parts = ("surface", "lit", *(("albedo", "depth", "cameras") if reads_views else ()))
+    data = RawDataset(config.data, parts=parts, cache_bytes=0)
+    check_sample(data[0], autoencoder, config)
     out = Path(config.out)
     settings = {
         **config.model_dump(exclude={"data", "out", "autoencoder", "clip", "cpu"}),
@@ -78,8 +86,47 @@ def run(config: EncodeRun, *, resume: str = "auto") -> None:
     accelerator.wait_for_everyone()
 
 
+def load_encoder(folder: str) -> Autoencoder:
+    """An autoencoder that can encode. Raises UserError for one that came without its encoder."""
+    autoencoder = load_model_folder(Autoencoder, folder)
+    if autoencoder.encoder is None:
+        raise UserError(
+            f"autoencoder={folder} came without an encoder (as diffusers' folders do): import one from a release that "
+            f"has it (transmitter.pt), or train an autoencoder"
+        )
+    return autoencoder
+
+
+def check_sample(sample: RawSample, autoencoder: Autoencoder, config: EncodeRun) -> None:
+    """Refuse data that the autoencoder cannot read."""
+    patch_size, n_centres = autoencoder.config.patch_size, autoencoder.config.n_centres
+    if sample.albedo is not None and any(side % patch_size for side in sample.albedo.shape[1:3]):
+        height, width = sample.albedo.shape[1:3]
+        raise UserError(
+            f"{config.data}: its views of {height} x {width} pixels do not divide into the autoencoder's patches of "
+            f"{patch_size}: build it with an image_size that does, or encode with n_posed_views=0"
+        )
+    n_points = min(config.n_surface, len(sample.stored["surface.xyz"]))
+    if n_points < n_centres:
+        raise UserError(
+            f"the autoencoder reads neighbourhoods of {n_centres} surface points, and there are {n_points}: "
+            f"raise n_surface here and, if need be, where {config.data} was built"
+        )
+
+
+def load_features(source: str) -> AnyConditioner:
+    """What the denoiser is conditioned by: see `EncodeRun.clip`."""
+    folder = Path(source)
+    return load_conditioner(folder) if class_of(folder) else load_clip(source)
+
+
 def write_shard(
-    out: Path, k: int, samples: list[RawSample], autoencoder: Autoencoder, conditioner: Conditioner, config: EncodeRun
+    out: Path,
+    k: int,
+    samples: list[RawSample],
+    autoencoder: Autoencoder,
+    conditioner: AnyConditioner,
+    config: EncodeRun,
 ) -> None:
     """One shard and the sums its training latents add to the statistics. A bad asset is left out and reported."""
     total_C = np.zeros(autoencoder.config.channels)
@@ -111,31 +158,51 @@ def write_shard(
 
 @torch.inference_mode()
 def encode_batch(
-    samples: list[RawSample], autoencoder: Autoencoder, conditioner: Conditioner, config: EncodeRun
+    samples: list[RawSample], autoencoder: Autoencoder, conditioner: AnyConditioner, config: EncodeRun
 ) -> list[LatentSample]:
     """Latents and features of some assets, which may have different numbers of captions and views."""
-    surface_BN9 = np.stack([surface_features(sample, slice(config.n_surface)) for sample in samples])
-    z_BLC = autoencoder.encode(torch.from_numpy(surface_BN9).to(autoencoder.device)).float().cpu().numpy()
-    captions = [sample.captions[: config.n_captions] for sample in samples]
-    views = [[composite(view) for view in sample.stored["lit"][: config.n_views]] for sample in samples]
+    z_BLC = encode_assets(samples, autoencoder, config)
+    texts = text_arrays([sample.captions[: config.n_captions] for sample in samples], conditioner)
+    images = image_arrays([sample.stored["lit"][: config.n_views] for sample in samples], conditioner)
+    return [
+        LatentSample(uid=sample.uid, latent=z_LC, **text, **image)
+        for sample, z_LC, text, image in zip(samples, z_BLC, texts, images, strict=True)
+    ]
+
+
+def encode_assets(samples: list[RawSample], autoencoder: Autoencoder, config: EncodeRun) -> np.ndarray:
+    """Latents [B, L, C] of surface points and, where the autoencoder reads them, of posed views."""
+    n_centres = autoencoder.config.n_centres
+    surface_BN9 = np.stack([surface_features(s, slice(config.n_surface), n_centres=n_centres) for s in samples])
+    views = {}
+    if samples[0].albedo is not None:
+        views = stacked([view_arrays(sample, slice(config.n_posed_views)) for sample in samples], "views")
+    seen = view_inputs({name: value.to(autoencoder.device) for name, value in views.items()})
+    return autoencoder.encode(torch.from_numpy(surface_BN9).to(autoencoder.device), seen).float().cpu().numpy()
+
+
+def text_arrays(captions: list[list[str]], conditioner: AnyConditioner) -> list[dict[str, np.ndarray]]:
+    """The text members of each sample; of no captions where there is no text tower."""
+    if isinstance(conditioner, TransformersConditioner) and conditioner.text is None:
+        nothing = {"text_tokens": np.zeros((0, 0, 0)), "text_lengths": np.zeros(0), "text_pooled": np.zeros((0, 0))}
+        return [nothing] * len(captions)
     text = conditioner.encode_text([caption for row in captions for caption in row])
-    image = conditioner.encode_image(np.stack([view for row in views for view in row]))
-    of_caption, of_view = np.cumsum([0, *map(len, captions)]), np.cumsum([0, *map(len, views)])
-    found = []
-    for i, sample in enumerate(samples):
-        texts, images = slice(of_caption[i], of_caption[i + 1]), slice(of_view[i], of_view[i + 1])
-        found.append(
-            LatentSample(
-                uid=sample.uid,
-                latent=z_BLC[i],
-                text_tokens=text.tokens[texts].cpu().numpy(),
-                text_lengths=text.mask[texts].sum(-1).cpu().numpy(),
-                text_pooled=text.pooled[texts].cpu().numpy(),
-                image_tokens=image.tokens[images].cpu().numpy(),
-                image_pooled=image.pooled[images].cpu().numpy(),
-            )
-        )
-    return found
+    arrays = {"text_tokens": text.tokens, "text_lengths": text.mask.sum(-1), "text_pooled": text.pooled}
+    return per_sample(arrays, list(map(len, captions)))
+
+
+def image_arrays(views: list[np.ndarray], conditioner: AnyConditioner) -> list[dict[str, np.ndarray]]:
+    """The image members of each sample; of no views where there is no image tower."""
+    if isinstance(conditioner, TransformersConditioner) and conditioner.vision is None:
+        return [{"image_tokens": np.zeros((0, 0, 0)), "image_pooled": np.zeros((0, 0))}] * len(views)
+    image = conditioner.encode_image(np.stack([composite(view) for of_sample in views for view in of_sample]))
+    return per_sample({"image_tokens": image.tokens, "image_pooled": image.pooled}, list(map(len, views)))
+
+
+def per_sample(arrays: dict[str, torch.Tensor], counts: list[int]) -> list[dict[str, np.ndarray]]:
+    """Arrays over all captions (or views) cut into each sample's."""
+    parts = {name: array.cpu().split(counts) for name, array in arrays.items()}
+    return [{name: part[i].numpy() for name, part in parts.items()} for i in range(len(counts))]
 
 
 def finish(out: Path, n_shards: int, settings: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from ..progress import Bar
 from .config import RunConfig, lr_at
 from .ema import Ema
 
-__all__ = ["REQUEUE_EXIT_CODE", "NonFiniteLoss", "Stage", "fit"]
+__all__ = ["REQUEUE_EXIT_CODE", "NonFiniteLoss", "Stage", "fit", "say"]
 
 REQUEUE_EXIT_CODE = 75  # sysexits' EX_TEMPFAIL: "state is saved, start me again"; job scripts requeue on it
 
@@ -68,7 +68,10 @@ def fit(run: RunConfig, stage: Stage, *, resume: str = "auto") -> None:
     out = Path(run.out)
     accelerator = launch(run)
     torch.manual_seed(run.seed)
+    say(trained_share(stage))
     ema = Ema(stage.model.to(accelerator.device), run.ema_decay)
+    if run.gradient_checkpointing:
+        checkpoint_gradients(stage)
     model, optimiser = accelerator.prepare(stage.model, make_optimiser(run, stage.model))
     found = find_state(out, resume)
     progress = load_state(accelerator, ema.module, found) if found else Progress()
@@ -129,8 +132,30 @@ def launch(run: RunConfig) -> Accelerator:
     return accelerator
 
 
+def say(text: str) -> None:
+    """Tell the user something once, whatever the number of ranks; usable before there is an accelerator."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def trained_share(stage: Stage) -> str:
+    """How many of the stage's parameters train, in words. Raises UserError if none does."""
+    every = sum(p.numel() for p in stage.model.parameters())
+    trained = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
+    if not trained:
+        raise UserError(f"{stage.name}: none of the {every:,} parameters would be trained")
+    return f"{stage.name}: training {trained:,} of {every:,} parameters ({trained / every:.1%})"
+
+
+def checkpoint_gradients(stage: Stage) -> None:
+    """Have the model compute its blocks again in the backward pass. Raises UserError where it cannot."""
+    if not getattr(stage.model, "_supports_gradient_checkpointing", False):
+        raise UserError(f"gradient_checkpointing: the model of {stage.name} has no blocks to do it on; leave it false")
+    stage.model.enable_gradient_checkpointing()
+
+
 def make_optimiser(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices alone, not on gains, biases and embeddings of one axis."""
+    """AdamW on what trains; weight decay on matrices alone, not on gains, biases and embeddings of one axis."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": run.optim.weight_decay},

@@ -14,7 +14,9 @@ from ..data_pipes.mesh import Mesh
 from ..data_pipes.render import composite, render
 from ..files import write_atomic
 from ..models.cameras import Cameras, orbit
-from ..models.mesh import ExtractedMesh
+from ..models.denoiser import Condition
+from ..models.guidance import guided, sample_latents
+from ..models.mesh import ExtractedMesh, extract_mesh
 from ..models.pipeline import ShapeloomPipeline
 
 __all__ = ["picture", "picture_of_points", "sample_sheet", "write_sheet"]
@@ -22,11 +24,18 @@ __all__ = ["picture", "picture_of_points", "sample_sheet", "write_sheet"]
 TILE = 96
 
 
-def sample_sheet(pipeline: ShapeloomPipeline, captions: list[str], steps: int, path: Path) -> None:
-    """Sample each caption once, seed 0, 1, …, and write the sheet to `path`."""
+def sample_sheet(
+    pipeline: ShapeloomPipeline, condition: Condition, captions: list[str], steps: int, path: Path
+) -> None:
+    """Sample each condition once, seed 0, 1, …, and write the sheet to `path`, under the captions."""
+    denoiser = pipeline.denoiser
+    shape = denoiser.config.n_latents, denoiser.config.channels
+    noises = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(len(captions))]
+    predict = guided(denoiser, condition, text_scale=3.0, image_scale=2.0)
     # Sampling must not move the training's random state, or a resumed run would differ.
     with torch.random.fork_rng():
-        meshes = pipeline(captions, seeds=list(range(len(captions))), steps=steps, resolution=32).meshes
+        latents_BLC = sample_latents(predict, torch.stack(noises).to(denoiser.device), pipeline.scheduler, steps=steps)
+    meshes = extract_mesh(pipeline.decode(denoiser.restore(latents_BLC)), 32)
     write_sheet([picture(mesh) for mesh in meshes], captions, path)
 
 
