@@ -240,7 +240,8 @@ def train_denoiser(
     overrides: Overrides = None,
 ) -> None:
     """Train the denoiser on latents; with --init, fine-tune one: all of it, or adapters (lora.rank=16)."""
-    start = [f"init={json.dumps(str(init), ensure_ascii=False)}"] if init else []  # JSON is YAML, in which overrides are written
+    # Overrides are read as YAML, which JSON is: so a path stays text whatever is in it.
+    start = [f"init={json.dumps(str(init), ensure_ascii=False)}"] if init else []
     _run_stage("denoiser", data, out, preset, config, resume, [*start, *(overrides or [])])
 
 
