@@ -29,7 +29,7 @@ SHAP_E = {
     "patch": 1,
     "width": 1024,
     "layers": 24,
-    "null": "zeros",
+    "absent": "zeros",
     "token_kinds": False,
     "norm_in": True,
     "time_activation": "gelu",
@@ -93,7 +93,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         text_width, image_width, pooled_width: of the conditioner's text tokens, image tokens, pooled embeddings.
         max_text_tokens: longest text; its tokens are told their places again, as a small CLIP's last layer blurs them.
         conditions: which of CONDITIONS the prefix holds.
-        null: an absent condition is a learned token, or zeros before the projection (Shap-E).
+        absent: a condition that is not there is a learned token, or zeros before the projection (Shap-E).
         token_kinds: each prefix token is told what it is.
         norm_in: LayerNorm over the whole sequence before the blocks.
         time_activation, time_scale: of the noise level's MLP; what level 1 is as a time step.
@@ -120,7 +120,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         pooled_width: int = 128,
         max_text_tokens: int = 77,
         conditions: list[str] | tuple[str, ...] = CONDITIONS,
-        null: Literal["learned", "zeros"] = "learned",
+        absent: Literal["learned", "zeros"] = "learned",
         token_kinds: bool = True,
         norm_in: bool = False,
         time_activation: Literal["silu", "gelu"] = "silu",
@@ -153,7 +153,7 @@ class Denoiser(ModelMixin, ConfigMixin):
             self.image_tokens = nn.Sequential(nn.LayerNorm(image_width), nn.Linear(image_width, width))
         if "image_pooled" in conditions:
             self.image_pooled = nn.Linear(pooled_width, width)
-        if null == "learned":
+        if absent == "learned":
             pooled = [name for name in conditions if name.endswith("pooled")]
             self.nulls = nn.ParameterDict({name: torch.randn(width) / width**0.5 for name in pooled})
         if token_kinds:
@@ -235,17 +235,24 @@ class Denoiser(ModelMixin, ConfigMixin):
             token_BMD = self._null_or(name, present_B[:, None, None], value_BMF)
             if name.endswith("pooled"):
                 pooled = pooled + token_BMD[:, 0]
-                masks.append(torch.ones_like(present_B)[:, None])
-            else:
-                shown_BM = present_B[:, None].expand(-1, token_BMD.shape[1])
-                masks.append(shown_BM & condition.text_mask if kind == "text" else shown_BM)
+            masks.append(self._shown(name, present_B[:, None], condition, token_BMD.shape[1]))
             tokens.append(token_BMD + self.kinds[name] if self.config.token_kinds else token_BMD)
-        mask_BM = torch.cat(masks, dim=1) if self.config.null == "learned" else None
-        return torch.cat(tokens, dim=1), mask_BM, pooled
+        some_hidden = self.config.absent == "learned" or "text_tokens" in self.config.conditions
+        return torch.cat(tokens, dim=1), torch.cat(masks, dim=1) if some_hidden else None, pooled
+
+    def _shown(self, name: str, present_B1: torch.Tensor, condition: Condition, length: int) -> torch.Tensor:
+        """Which of a condition's tokens are seen, [B, M]: never padding; nor, with learned nulls, the absent ones."""
+        shown_BM = torch.ones_like(present_B1).expand(-1, length)
+        if name.endswith("tokens") and self.config.absent == "learned":
+            shown_BM = present_B1.expand(-1, length)
+        if name == "text_tokens":  # an absent text is one token long, whatever the batch's longest
+            first_M = torch.arange(length, device=present_B1.device) == 0
+            shown_BM = shown_BM & torch.where(present_B1, condition.text_mask, first_M)
+        return shown_BM
 
     def _null_or(self, name: str, present_B11: torch.Tensor, value_BMF: torch.Tensor) -> torch.Tensor:
         """The projected condition, [B, M, D], or its null where it is absent."""
-        if self.config.null == "zeros":
+        if self.config.absent == "zeros":
             return getattr(self, name)(torch.where(present_B11, value_BMF, 0.0))
         projected_BMD = getattr(self, name)(value_BMF)
         if name == "text_tokens":

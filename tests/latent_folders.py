@@ -127,7 +127,7 @@ def write_pipeline(
 ) -> Path:
     """A pipeline folder with a denoiser of random weights; the data predicted as in Shap-E, with no statistics."""
     torch.manual_seed(0)
-    shap_e = {"conditions": ["text_pooled"], "null": "zeros", "token_kinds": False, "norm_in": True}
+    shap_e = {"conditions": ["text_pooled"], "absent": "zeros", "token_kinds": False, "norm_in": True}
     shap_e |= {"time_scale": 1024.0, "qk_norm": False, "adaln": False}
     sizes = {"width": 48, "heads": 2, "layers": 2, "text_width": 32, "image_width": 256, "pooled_width": 24}
     flow = {"latent_mean": [0.1] * C, "latent_std": [0.5] * C}

@@ -443,7 +443,6 @@ def test_settings_that_cannot_be_are_refused(at, tmp_path):
     assert refused(*words, "model.prediction=x0") == "key 'model.prediction' should be 'flow' or 'sample', got 'x0'"
     assert "text_pooled" in refused(*words, "model.conditions=[text]")
     assert refused(*words, "model.heads=7") == "model: width 192 does not divide into 7 heads"
-    assert "take null=learned" in refused(*words, "model.null=zeros")
     assert "add to 1" in refused(*words, "conditioning.text=0.9")
 
 

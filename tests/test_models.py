@@ -102,6 +102,21 @@ def test_padding_and_absent_conditions_have_no_effect(denoiser):
     assert not torch.allclose(denoiser(x, t, without), base, atol=1e-3)
 
 
+@torch.no_grad()
+def test_zeros_for_what_is_absent_do_not_depend_on_the_batch():
+    """Shap-E's way of leaving a condition out, with text tokens beside it: padding stays hidden."""
+    torch.manual_seed(0)
+    sizes = {"text_width": 12, "image_width": 20, "pooled_width": 6, "max_text_tokens": 5}
+    model = Denoiser(16, 8, width=32, heads=2, layers=1, absent="zeros", **sizes).eval()
+    torch.nn.init.normal_(model.latent_out.weight)
+    x, t, condition = torch.randn(3, 16, 8), torch.rand(3), make_condition()
+    condition = Condition(**{**vars(condition), "has_text": torch.tensor([True, True, False])})
+    together = model(x, t, condition)
+    cut = {name: value[1:] for name, value in vars(condition).items()}
+    cut |= {"text_tokens": cut["text_tokens"][:, :2], "text_mask": cut["text_mask"][:, :2]}
+    assert torch.allclose(model(x[1:], t[1:], Condition(**cut)), together[1:], atol=1e-5)
+
+
 def test_guidance_is_the_sum_written_in_its_docstring(denoiser):
     x, t, condition = torch.randn(3, 16, 8), torch.rand(3), make_condition()
     nothing = denoiser(x, t, condition.keep(text=False, image=False))

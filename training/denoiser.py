@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 
 from ..checkpoints.folders import load_model_folder
 from ..checkpoints.pipeline import load_conditioner, publish_pipeline
@@ -45,7 +45,7 @@ class DenoiserModelConfig(Config):
     layers: PositiveInt = 6
     max_text_tokens: PositiveInt = 77
     conditions: tuple[ConditionName, ...] = Field(default=EVERY_CONDITION, min_length=1)
-    null: Literal["learned", "zeros"] = "learned"
+    absent: Literal["learned", "zeros"] = "learned"
     token_kinds: bool = True
     norm_in: bool = False
     time_activation: Literal["silu", "gelu"] = "silu"
@@ -54,12 +54,6 @@ class DenoiserModelConfig(Config):
     prediction: Literal["flow", "sample"] = "flow"
     qk_norm: bool = True
     adaln: bool = True
-
-    @model_validator(mode="after")
-    def _padding_is_masked(self) -> DenoiserModelConfig:
-        if self.null == "zeros" and "text_tokens" in self.conditions:
-            raise ValueError("null=zeros masks nothing, and text_tokens are padded: take null=learned, or text_pooled")
-        return self
 
 
 class ConditioningConfig(Config):
