@@ -26,7 +26,7 @@ from ..models.conditioner import Conditioner
 from ..models.mesh import ExtractedMesh, extract_mesh
 from ..progress import Bar
 from .renders import DEFAULT_SIZE, is_empty, render_meshes
-from .stored import surface_rows
+from .stored import encode_stored
 
 __all__ = ["Cache", "Clock", "Embedded", "Judge", "decode_meshes", "embed_meshes", "embed_pictures"]
 
@@ -165,11 +165,9 @@ def encode_surfaces(autoencoder: Autoencoder, folder: ShardFolder, indices: Sequ
     """Latents f32 [K, L, C] of stored samples, without noise."""
     rows = []
     for start in range(0, len(indices), CHUNK):
-        batch = [surface_rows(folder, index) for index in indices[start : start + CHUNK]]
-        fewest = min(len(rows_N9) for rows_N9 in batch)
-        with clock("encode"), torch.inference_mode():
-            points_BN9 = torch.from_numpy(np.stack([rows_N9[:fewest] for rows_N9 in batch]))
-            rows.append(autoencoder.encode(points_BN9.to(autoencoder.device)).float().cpu().numpy())
+        with clock("encode"):
+            z_BLC = encode_stored(autoencoder, folder, indices[start : start + CHUNK])
+        rows.append(z_BLC.float().cpu().numpy())
     return np.concatenate(rows)
 
 

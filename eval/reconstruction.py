@@ -42,7 +42,7 @@ from .renders import is_empty, to_mesh
 from .results import environment
 from .sheets import Cell, contact_sheet
 from .statistics import cluster_bootstrap
-from .stored import ENCODED_POINTS, frontal_pictures, surface_rows
+from .stored import ENCODED_POINTS, encode_stored, frontal_pictures, surface_rows
 
 __all__ = ["chamfer_and_f_scores", "iou", "points_on", "run"]
 
@@ -156,7 +156,7 @@ def _score_one(
     """Scores of one asset, and its reconstruction."""
     uid = folder.uids[index]
     surface_N9 = surface_rows(folder, index)
-    field = model.decode(model.encode(torch.from_numpy(surface_N9)[None].to(model.device)))
+    field = model.decode(encode_stored(model, folder, [index]))
     mesh = extract_mesh(field, resolution)[0]
     stored = decode_field(folder.read(index, ["field.npz"])["field.npz"], f"{uid}.field.npz")
     n_near = folder.manifest["settings"].get("n_near")  # they come first

@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from shapeloom.config import load_config
+from shapeloom.data_pipes.encoder_inputs import farthest_first, pick_rays, view_arrays
 from shapeloom.data_pipes.loader import RawDataset
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
 from shapeloom.errors import UserError
+from shapeloom.eval.stored import encode_stored, surface_rows
 from shapeloom.models.autoencoder import Autoencoder
 from shapeloom.models.cameras import Cameras
+from shapeloom.models.encoder import ViewInputs
 from shapeloom.training.autoencoder import AutoencoderRun, build, run
 from shapeloom.training.field_losses import mesh_views
-from shapeloom.training.inputs import farthest_first, pick_rays, view_arrays
 
 SMALL = [
     *("model.width=32", "model.heads=2", "model.hidden=32", "model.n_latents=16", "model.channels=8"),
@@ -104,6 +106,23 @@ def test_rays_and_view_points_meet_the_surface(raw):
     every = sample.cameras.rays()[1].reshape(-1, 3)
     assert np.abs(every[None] - rays["direction"][:, None]).max(-1).min(1).max() < 1e-6
     assert rays["rgba"].shape == (50, 4) and 0 < rays["rgba"][:, 3].mean() < 1
+
+
+def test_evaluation_encodes_what_the_autoencoder_reads(raw):
+    """Neighbourhoods and views, where it has them; a model without an encoder is one sentence."""
+    torch.manual_seed(0)
+    sizes = {"n_latents": 16, "channels": 8, "width": 32, "heads": 2, "hidden": 16}
+    model = Autoencoder(**sizes, point_features="nerf", n_centres=32, patch_size=8).eval()
+    data = RawDataset(raw, split=None, parts=("albedo", "depth", "cameras"))
+    z = encode_stored(model, data.shards, [0, 3])
+    assert z.shape == (2, 16, 8) and torch.allclose(encode_stored(model, data.shards, [3])[0], z[1], atol=1e-5)
+    views = {name: torch.from_numpy(array)[None] for name, array in view_arrays(data[0]).items()}
+    points = surface_rows(data.shards, 0)
+    points = torch.from_numpy(points[farthest_first(points[:, :3], 32)])[None]
+    with torch.no_grad():
+        assert torch.allclose(model.encode(points, ViewInputs(**views)), z[:1], atol=1e-5)
+    with pytest.raises(UserError, match="without an encoder"):
+        encode_stored(Autoencoder(**sizes, with_encoder=False), data.shards, [0])
 
 
 def test_farthest_first_spreads_and_keeps_every_point():

@@ -13,16 +13,17 @@ import torch
 
 from ..checkpoints.folders import load_model_folder, publish_model
 from ..config import Config
+from ..data_pipes.encoder_inputs import pick_rays, surface_features, view_arrays, view_targets
 from ..data_pipes.loader import Batches, RawDataset, RawSample
 from ..errors import UserError
 from ..models.autoencoder import Autoencoder, Bottleneck
 from ..models.decoder import FieldKind
 from ..models.encoder import PointFeatures
 from ..models.mesh import extract_mesh
+from .batch import stacked, view_inputs
 from .config import RunConfig
 from .field_losses import FieldLossConfig, field_loss
 from .held_out import held_out_split
-from .inputs import pick_rays, stacked, surface_features, view_arrays, view_inputs, view_targets
 from .loop import Batch, Stage, fit
 from .sheets import picture, picture_of_points, write_sheet
 
@@ -144,13 +145,13 @@ def collate(items: list[tuple[RawSample, np.random.Generator]], config: Autoenco
         rows["noise"].append(rng.standard_normal((model.n_latents, model.channels), np.float32))
         rows["level"].append(rng.random(dtype=np.float32))
         if config.n_views:
-            views.append(view_arrays(sample, rng.permutation(len(sample.cameras))[: config.n_views]))
+            views.append(view_arrays(sample, rng.permutation(len(sample.stored["albedo"]))[: config.n_views]))
         if config.loss.on_rays:
             shapes = {"coarse": config.n_coarse, "choice": config.n_fine, "place": config.n_fine}
             noise = {name: rng.random((config.n_rays, n), np.float32) for name, n in shapes.items()}
             rays.append(pick_rays(sample, config.n_rays, rng) | noise)
         if config.loss.mesh:
-            meshes.append(view_targets(sample, rng.permutation(len(sample.cameras))[: config.n_mesh_views]))
+            meshes.append(view_targets(sample, rng.permutation(len(sample.stored["albedo"]))[: config.n_mesh_views]))
     batch = {name: torch.from_numpy(np.stack(values).astype(np.float32, copy=False)) for name, values in rows.items()}
     if surfaces:
         batch["surface"] = torch.from_numpy(np.stack(surfaces).astype(np.float32, copy=False))

@@ -18,6 +18,7 @@ from ..checkpoints.clip import load_clip
 from ..checkpoints.folders import class_of, load_model_folder, publish_model
 from ..checkpoints.pipeline import load_conditioner
 from ..config import Config
+from ..data_pipes.encoder_inputs import surface_features, view_arrays
 from ..data_pipes.latents import LatentSample, encode_latent_sample
 from ..data_pipes.loader import RawDataset, RawSample
 from ..data_pipes.render import composite
@@ -29,7 +30,7 @@ from ..models.conditioner import Conditioner
 from ..models.hashing import weights_hash
 from ..models.transformers_clip import TransformersConditioner
 from ..progress import track
-from .inputs import stacked, surface_features, view_arrays, view_inputs
+from .batch import stacked, view_inputs
 
 __all__ = ["EncodeRun", "run"]
 

@@ -19,7 +19,7 @@ from ..models.decoder import ImplicitField, SurfaceVolume
 from ..models.marching_cubes import marching_cubes
 from ..models.nerf import RayNoise, render_rays
 from ..models.raster import rasterize
-from .inputs import view_inputs
+from .batch import view_inputs
 from .losses import (
     color_loss,
     distill_color_loss,

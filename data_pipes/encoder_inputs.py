@@ -1,20 +1,16 @@
-"""What the encoder reads of a raw sample, and the rays of its views: arrays for a batch.
+"""What an encoder reads of a raw sample, and the rays of its views, as arrays.
 
 Shapes: N surface points, V views of H x W pixels, R rays.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import torch
 
-from ..data_pipes.loader import RawSample
 from ..models.cameras import Cameras
-from ..models.encoder import ViewInputs
+from .loader import RawSample
 
-__all__ = ["farthest_first", "pick_rays", "stacked", "surface_features", "view_arrays", "view_inputs", "view_targets"]
+__all__ = ["farthest_first", "pick_rays", "surface_features", "view_arrays", "view_targets"]
 
 OPAQUE = 255  # a pixel the object fills; the release takes alpha of at least .999 for it
 
@@ -62,13 +58,6 @@ def view_arrays(sample: RawSample, views: np.ndarray | slice = slice(None)) -> d
     }
 
 
-def view_inputs(batch: dict[str, Any]) -> ViewInputs | None:
-    """The views of a batch (`views.rgb`, …), or None where it has none."""
-    if "views.rgb" not in batch:
-        return None
-    return ViewInputs(**{name: batch[f"views.{name}"] for name in ViewInputs.__dataclass_fields__})
-
-
 def pick_rays(sample: RawSample, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Random pixels of all of a sample's views: origin, direction [R, 3], and what is seen there.
 
@@ -111,8 +100,3 @@ def _rays_through(
         "origin": matrix_R44[:, :3, 3].astype(np.float32),
         "direction": np.einsum("rij,rj->ri", matrix_R44[:, :3, :3], local_R3).astype(np.float32),
     }
-
-
-def stacked(rows: list[dict[str, np.ndarray]], prefix: str) -> dict[str, torch.Tensor]:
-    """Samples' arrays as one batch, under `prefix.name`."""
-    return {f"{prefix}.{name}": torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
