@@ -66,8 +66,10 @@ class FakeAutoencoder(torch.nn.Module):
     def __init__(self, meshes, surfaces) -> None:
         super().__init__()
         self.device, self.meshes, self.surfaces = torch.device("cpu"), meshes, surfaces
+        self.config, self.encoder = SimpleNamespace(n_centres=0, patch_size=0), torch.nn.Identity()
 
-    def encode(self, surface_BN9):
+    def encode(self, surface_BN9, views):
+        assert views is None
         keys = [row[0, :3].numpy().round(4).tobytes() for row in surface_BN9]
         return torch.tensor([[[float(self.surfaces[key])]] for key in keys])
 
