@@ -82,6 +82,7 @@ def run(
     prompts: int | None = None,
     image_prompts: int = 100,
     steps: int = 24,
+    solver: str = "own",
     text_guidance: float = 3.0,
     image_guidance: float = 2.0,
     resolution: int = 48,
@@ -124,7 +125,7 @@ def run(
         "denoiser": weights_hash(pipe.denoiser),
         "protocol": FRONTAL.hash,
     }
-    settings = {"steps": steps, "text_guidance": text_guidance, "image_guidance": image_guidance}
+    settings = {"steps": steps, "text_guidance": text_guidance, "image_guidance": image_guidance, "solver": solver}
     out, clock = Path(out), Clock()
     n_objects = len(chosen) * (2 + len(seeds))
     with render_pool(workers, n_objects) as pool:

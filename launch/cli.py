@@ -82,6 +82,9 @@ Overrides = Annotated[
 PipelineFolder = Annotated[Path, typer.Argument(metavar="PIPELINE", help="A pipeline folder, as training leaves it.")]
 Seeds = Annotated[str, typer.Option(help="Such as 0-3, or 0,5,7.")]
 Steps = Annotated[int, typer.Option(min=1, max=10_000, help="Sampling steps.")]
+Solver = Annotated[
+    str, typer.Option(help="own, the pipeline's; or dpm++ (models that predict the data): as good in fewer calls.")
+]
 TextGuidance = Annotated[float, typer.Option(min=0.0, help="How strongly the text is followed; 1 is no guidance.")]
 ImageGuidance = Annotated[float, typer.Option(min=0.0, help="How strongly the image is followed; 1 is no guidance.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.", show_default="the best there is")]
@@ -333,9 +336,7 @@ def sample(
     image_guidance: ImageGuidance = 2.0,
     steps: Steps = 24,
     resolution: Annotated[int, typer.Option(min=4, help="Points of the mesh's lattice along an edge.")] = 64,
-    solver: Annotated[
-        str, typer.Option(help="own, the pipeline's; or dpm++ (models that predict the data): as good in fewer calls.")
-    ] = "own",
+    solver: Solver = "own",
     device: Device = None,
 ) -> None:
     """Make 3D objects from text, from an image, or from both together."""
@@ -371,6 +372,7 @@ def eval_r_precision(
     ] = None,
     image_prompts: Annotated[int, typer.Option(min=0, help="How many objects to make from an image alone.")] = 100,
     steps: Steps = 24,
+    solver: Solver = "own",
     text_guidance: TextGuidance = 3.0,
     image_guidance: ImageGuidance = 2.0,
     workers: Workers = CORES,
@@ -388,6 +390,7 @@ def eval_r_precision(
         prompts=prompts,
         image_prompts=image_prompts,
         steps=steps,
+        solver=solver,
         text_guidance=text_guidance,
         image_guidance=image_guidance,
         workers=workers,
