@@ -16,7 +16,7 @@ from shapeloom.models.mesh import extract_mesh
 from shapeloom.models.nerf import RayNoise, render_rays
 from shapeloom.models.pipeline import condition_from
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @torch.inference_mode()
