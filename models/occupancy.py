@@ -54,12 +54,10 @@ class Occupancy:
     @classmethod
     @torch.no_grad()
     def of(cls, field: Field, resolution: int = RESOLUTION) -> Occupancy:
-        """Look for density, coarse or fine, in the cells of [-1, 1]^3; most are never asked.
+        """Look for density, coarse or fine, in the cells of [-1, 1]^3.
 
-        Every second cell is asked first, as on a chessboard; then all within two cells of a find, as long as there are
-        new ones; then the empty neighbours of finds twice more, against thin parts. What is found is widened by a cell:
-        then nothing is lost of a body that holds, with any point of it, one of the cells around that point's.
-        What can be lost is a speck apart from all else, below 1/30 of the box across.
+        Every cell is asked at one point, then the empty neighbours of finds twice more, against thin parts; what is
+        found is widened by two cells. What can be lost is a speck apart from all else, smaller than a cell.
         """
         assets = [field] if len(field) == 1 else [field[b] for b in range(len(field))]
         return cls(torch.stack([_Search(asset, resolution).cells() for asset in assets]))
@@ -83,29 +81,23 @@ class _Search:
     def __init__(self, field: Field, resolution: int) -> None:
         self.field = field
         self.generator = torch.Generator().manual_seed(0)
-        self.asked_NNN = torch.zeros((resolution,) * 3, dtype=torch.bool, device=field.device)
-        self.found_NNN = self.asked_NNN.clone()
+        self.found_NNN = torch.zeros((resolution,) * 3, dtype=torch.bool, device=field.device)
 
     def cells(self) -> torch.Tensor:
-        axis_N = torch.arange(len(self.asked_NNN), device=self.asked_NNN.device)
-        self._ask((axis_N[:, None, None] + axis_N[:, None] + axis_N) % 2 == 0)
-        while self._ask(_near(self.found_NNN, 2) & ~self.asked_NNN):
-            pass
+        self._ask(torch.ones_like(self.found_NNN))
         for _ in range(2):
             self._ask(_near(self.found_NNN, 1) & ~self.found_NNN)
-        return _near(self.found_NNN, 1)
+        return _near(self.found_NNN, 2)
 
-    def _ask(self, cells_NNN: torch.Tensor) -> bool:
-        """Evaluate one point in each of these cells; False if there are none."""
+    def _ask(self, cells_NNN: torch.Tensor) -> None:
+        """Evaluate one point in each of these cells."""
         corners_P3 = cells_NNN.nonzero()
         if not len(corners_P3):
-            return False
+            return
         places_P3 = torch.rand(corners_P3.shape, generator=self.generator).to(corners_P3.device)
         points_P3 = (corners_P3 + places_P3) * (2 / len(cells_NNN)) - 1
         density_P = in_chunks(self.field, points_P3[None], _largest_density)[0]
-        self.asked_NNN |= cells_NNN
         self.found_NNN[cells_NNN] |= ~(density_P <= EMPTY_DENSITY)  # NaN is not empty: it shall be seen
-        return True
 
 
 def _near(cells: torch.Tensor, reach: int) -> torch.Tensor:
