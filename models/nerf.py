@@ -149,7 +149,7 @@ def render_nerf(
     Args:
         skip_empty: find empty space first (see `Occupancy`) and evaluate nothing there, unless so few rays are asked
             for that finding it would cost more. False evaluates every sample.
-        chunk: rays at a time; memory is about 15 kB a ray at 192 samples.
+        chunk: rays at a time; memory is below 100 kB a ray at 192 samples.
     Raises: UserError for an image or a number of samples below 1; ValueError for a batch of assets.
     """
     if min(cameras.width, cameras.height, n_coarse, chunk) < 1 or n_fine < 0:
