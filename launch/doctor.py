@@ -36,7 +36,7 @@ REPAIR_PTH = f"import {REPAIR_NAME}; {REPAIR_NAME}.install()\n"
 REQUIRED = (
     *("torch", "torchvision", "accelerate", "diffusers", "transformers", "safetensors", "open_clip_torch"),
     *("webdataset", "trimesh", "embreex", "DracoPy", "scipy", "scikit-image", "numpy", "Pillow"),
-    *("pydantic", "PyYAML", "typer", "rich", "tensorboard", "packaging"),
+    *("pydantic", "PyYAML", "typer", "rich", "tensorboard", "packaging", "peft"),
 )
 EXTRAS = {
     "deepspeed": ("deepspeed",),
