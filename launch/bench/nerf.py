@@ -6,8 +6,8 @@
 Cost model: all but 5 % of the time is the field's MLP, 0.71 MFLOP a point (93x256, 5 of 256x256, 256x12), so time
 follows the number of evaluations. Per ray theirs makes 64 + 192, the coarse positions twice. Ours makes 64 + 128, and
 only for rays that cross the box (3 of 4): 0.57 of theirs. With empty space skipped what is left is the samples in or
-next to something (for the chair 0.17 of theirs), after 1.1 * 64^3 evaluations an object for the grid. The rest of gain
-is cost per evaluation: activations of 4,096 points stay in the core's cache, theirs of 786,432 do not.
+next to something (for the chair 0.17 of theirs), after 1.1 * 64^3 evaluations an object for the grid. The rest
+is cost per evaluation: activations of 2,048 points stay in the core's cache, theirs of 786,432 do not.
 
 Views are timed in turns; the orbit is the sum over all views, the grid counted once; a view is the median over views.
 Aims on one core: orbit 12x, one view without skipping 3x, memory of one view below 500 MB.
