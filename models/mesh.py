@@ -34,11 +34,11 @@ from .marching_cubes import marching_cubes
 __all__ = ["ExtractedMesh", "extract_mesh"]
 
 BLOCKS = 16  # steps of the first lattice along an axis, about; a surface is lost only if it hides from this one
-MARGIN = 1.5  # of a slope bound over the slopes seen around; of 2,016 random thin shapes 1.25 loses one, 1.5 none
+MARGIN = 1.5  # of a slope bound over the slopes seen around; of 2,016 random thin shapes 1.25 loses five, 1.5 none
 OUTSIDE = 1.0  # the shell's value
 PROBES, ROUGHNESS = 2048, 2.0  # see `_is_rough`
 CHUNK, CUDA_CHUNK = 1 << 12, 1 << 17  # points a call of the field: a CPU's caches, a GPU's many units
-BYTES_A_POINT = 16  # of the lattice at the peak of an extraction, measured at 256 and 512 points an axis
+BYTES_A_POINT = 18  # of the lattice at the peak of an extraction: 17 measured at 256 points an axis, 12 at 512
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,21 @@ def _near_surface(field: ImplicitField, n: int) -> tuple[torch.Tensor, torch.Ten
     if not values_MMM.isfinite().all():
         return values_MMM, known_MMM
     while stride > 1:
-        clearance_MMM = _clearance(values_MMM, known_MMM, squashed)
+        slope_MMM = _slope_bound(values_MMM, known_MMM, squashed)
+        # Where a point is not known, its value is its clearance already.
+        clearance_MMM = torch.where(known_MMM, _unsquashed(values_MMM, squashed) / slope_MMM, values_MMM)
         stride //= 2
         size = ceil((n - 1) / stride) + 1
         finer, unsure = (part[:size, :size, :size] for part in _refined(clearance_MMM))
-        finer[unsure] = _evaluate(field, n, unsure.nonzero() * stride)
+        found = _settle(field, n, stride, finer, unsure, slope_MMM, squashed)
         every_second = (slice(None, None, 2),) * 3
         old = tuple(slice(0, length) for length in finer[every_second].shape)
-        finer[every_second], unsure[every_second] = values_MMM[old], known_MMM[old]
-        values_MMM, known_MMM = finer, unsure
+        known = torch.zeros_like(unsure)
+        finer[every_second], known[every_second] = values_MMM[old], known_MMM[old]
+        for points_P3, sdf_P in found:
+            at = points_P3.unbind(-1)
+            finer[at], known[at] = sdf_P, True
+        values_MMM, known_MMM = finer, known
     return values_MMM, known_MMM
 
 
@@ -141,11 +147,10 @@ def _is_rough(field: ImplicitField, n: int, stride: int, values_MMM: torch.Tenso
     return bool(fine > ROUGHNESS * coarse)
 
 
-def _clearance(values_MMM: torch.Tensor, known_MMM: torch.Tensor, squashed: bool) -> torch.Tensor:
-    """How far each point is from the surface at least, in steps of this lattice, with the sign of its value.
+def _slope_bound(values_MMM: torch.Tensor, known_MMM: torch.Tensor, squashed: bool) -> torch.Tensor:
+    """The most that the distance changes in one step of this lattice around each point.
 
     Args:
-        values_MMM: distances where known, elsewhere such clearances already.
         squashed: undo a tanh first, under which slopes fade with distance. A plain distance, too, may be taken for
             squashed: near the surface, where it matters, this changes nothing.
     """
@@ -156,8 +161,7 @@ def _clearance(values_MMM: torch.Tensor, known_MMM: torch.Tensor, squashed: bool
     squares = sum((distance_MMM[at] - distance_MMM[corner]).square() for at in ahead)
     slope = torch.where(measured, squares.sqrt(), 0)
     mean = slope.sum() / measured.sum().clamp(min=1)  # a floor, for places as flat as the middle between two walls
-    around_MMM = _windows(torch.maximum, F.pad(slope, (2,) * 6), (4, 4, 4))
-    return torch.where(known_MMM, distance_MMM / (MARGIN * torch.maximum(around_MMM, mean)), values_MMM)
+    return MARGIN * torch.maximum(_windows(torch.maximum, F.pad(slope, (2,) * 6), (4, 4, 4)), mean)
 
 
 def _unsquashed(values: torch.Tensor, squashed: bool) -> torch.Tensor:
@@ -183,6 +187,39 @@ def _refined(clearance_MMM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         unsure[at] = (high > reach) == (low < -reach)
         finer[at] = 2 * torch.where(high > reach, high - reach, low + reach)
     return finer, unsure
+
+
+def _settle(
+    field: ImplicitField,
+    n: int,
+    stride: int,
+    clearance: torch.Tensor,
+    unsure: torch.Tensor,
+    slope_MMM: torch.Tensor,
+    squashed: bool,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Points [P, 3] that had to be evaluated and their values [P]; `clearance` is completed in place.
+
+    The middles of the old cells come first, then those of their faces and of their edges: what is found at one kind
+    vouches for the next, one step away, and spares a third of the evaluations.
+    """
+    clearance[unsure] = 0  # which vouches for nothing
+    points_P3 = unsure.nonzero()
+    odd_P = (points_P3 % 2).sum(-1)
+    one_step_63 = torch.cat([torch.eye(3), -torch.eye(3)]).long().to(points_P3.device)
+    found = []
+    for odd in (3, 2, 1):
+        kind_P3 = points_P3[odd_P == odd]
+        around_P63 = (kind_P3[:, None] + one_step_63).clamp(0, len(clearance) - 1)
+        near_P6 = clearance[around_P63.unbind(-1)]
+        high_P, low_P = near_P6.amax(-1) - 1, near_P6.amin(-1) + 1
+        clearance[kind_P3.unbind(-1)] = torch.where(high_P > 0, high_P, low_P)
+        open_P3 = kind_P3[(high_P > 0) == (low_P < 0)]
+        sdf_P = _evaluate(field, n, open_P3 * stride)
+        slope_P = slope_MMM[(open_P3 // 2).unbind(-1)] / 2  # its steps are twice as long
+        clearance[open_P3.unbind(-1)] = _unsquashed(sdf_P, squashed) / slope_P
+        found.append((open_P3, sdf_P))
+    return found
 
 
 def _complete(field: ImplicitField, n: int, padded: torch.Tensor, known_NNN: torch.Tensor) -> None:

@@ -194,9 +194,9 @@ def test_what_is_seen_of_a_surface_is_completed():
 def test_errors_name_the_resolution_that_would_do(monkeypatch):
     with pytest.raises(UserError, match="at least 4 points along an axis, got 3"):
         extract_mesh(Analytic(sphere(0.5)), 3)
-    with pytest.raises(UserError, match=r"10000 lattice points .* needs about 16000.0 GB .* at most \d+ points would"):
+    with pytest.raises(UserError, match=r"10000 lattice points .* needs about 18000.0 GB .* at most \d+ points would"):
         extract_mesh(Analytic(sphere(0.5)), 10_000)
-    monkeypatch.setattr(module, "_free_bytes", lambda device: 16 * 40**3 + 100)
+    monkeypatch.setattr(module, "_free_bytes", lambda device: module.BYTES_A_POINT * 40**3 + 100)
     with pytest.raises(UserError, match="at most 40 points would fit"):
         extract_mesh(Analytic(sphere(0.5)), 41)
     assert not extract_mesh(Analytic(sphere(0.5)), 40)[0].empty

@@ -7,8 +7,8 @@ Cost model, n points along an axis. A value costs the field's MLP, 0.71 MFLOP (9
 evaluates n^3 lattice points and V vertices, and marching cubes makes twelve edges, five triangles and their indices for
 each cell, some 500 bytes a point. What must be evaluated is the corners of the cells that the surface crosses, and the
 vertices: about 3 n^2 and 1.5 n^2 for the chair, so the floor is 4.5 n^2 values at the speed of the largest matrix
-product. Ours adds the points that could not be ruled out (5 n^2), and passes over n^3 bytes and floats: about 16 bytes
-a point. Their 256-case table comes with Shap-E's weights; here both use ours.
+product. Ours adds the points that could not be ruled out (2 to 3 n^2), and passes over n^3 bytes and floats: about 17
+bytes a point. Their 256-case table comes with Shap-E's weights; here both use ours.
 
 Checked before anything is timed: marching cubes alike bit for bit on the same values, as many faces, each vertex where
 theirs is once their shrinking is undone. Times are medians over turns, in each of which ours runs before and after
