@@ -18,6 +18,7 @@ __all__ = ["RESOLUTION", "Field", "Occupancy", "in_chunks"]
 RESOLUTION = 64
 # A ray through the whole box at this density (1/unit) ends with alpha 3.5e-5: 89 dB if every pixel were so.
 EMPTY_DENSITY = 1e-5
+CROWD = 0.26  # of a cell and its 26 neighbours; finds in a sparser crowd may be all that was hit of a thin part
 CPU_CHUNK, GPU_CHUNK = 1 << 11, 1 << 18  # points a call: activations that stay in a core's cache; that fill a GPU
 
 
@@ -57,7 +58,8 @@ class Occupancy:
         """Look for density, coarse or fine, in the cells of [-1, 1]^3.
 
         Every cell is asked at one point, then the empty neighbours of finds twice more, against thin parts; what is
-        found is widened by two cells. What can be lost is a speck apart from all else, smaller than a cell.
+        found is widened by a cell, and by three where it stands alone, as a part thinner than a cell does. What can be
+        lost is a speck apart from all else, smaller than a cell.
         """
         assets = [field] if len(field) == 1 else [field[b] for b in range(len(field))]
         return cls(torch.stack([_Search(asset, resolution).cells() for asset in assets]))
@@ -87,7 +89,8 @@ class _Search:
         self._ask(torch.ones_like(self.found_NNN))
         for _ in range(2):
             self._ask(_near(self.found_NNN, 1) & ~self.found_NNN)
-        return _near(self.found_NNN, 2)
+        crowd_NNN = F.avg_pool3d(self.found_NNN[None].float(), 3, stride=1, padding=1)[0]
+        return _near(self.found_NNN, 1) | _near(self.found_NNN & (crowd_NNN < CROWD), 3)
 
     def _ask(self, cells_NNN: torch.Tensor) -> None:
         """Evaluate one point in each of these cells."""

@@ -24,7 +24,7 @@ def fourier_features(x: torch.Tensor, n_frequencies: int, *, base: float = torch
     scales = base * 2.0 ** torch.arange(n_frequencies, device=x.device, dtype=x.dtype)
     angles = (x[..., None, :] * scales[:, None]).flatten(-2)
     # Shap-E's weights were trained on sin(x + π/2): at its highest frequency cos differs from it by 1e-3 in float32.
-    return torch.cat([x, torch.cat([angles, angles + torch.pi / 2], dim=-1).sin()], dim=-1)
+    return torch.cat([x, angles.sin(), (angles + torch.pi / 2).sin()], dim=-1)
 
 
 class Attention(nn.Module):
