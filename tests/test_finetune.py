@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from latent_folders import (
     CAPTIONS,
     C,
@@ -33,15 +34,18 @@ from shapeloom.checkpoints.pipeline import load
 from shapeloom.data_pipes.latents import LatentDataset
 from shapeloom.data_pipes.loader import sample_rng
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
+from shapeloom.errors import UserError
 from shapeloom.models.autoencoder import Autoencoder
 from shapeloom.models.denoiser import Condition, Denoiser
 from shapeloom.models.guidance import shap_e_scheduler
 from shapeloom.models.transformers_clip import TransformersConditioner
+from shapeloom.training.config import RunConfig
 from shapeloom.training.denoiser import DenoiserModelConfig, DenoiserRun, build, first_conditions
-from shapeloom.training.ema import Ema
+from shapeloom.training.ema import Ema, skeleton
 from shapeloom.training.finetune import LoraConfig, add_lora, merged
-from shapeloom.training.loop import Stage, checkpoint_gradients
+from shapeloom.training.loop import Stage, prepare_blocks
 from shapeloom.training.objectives import data_prediction, sample_loss
+from shapeloom.training.parallel import Parallel
 
 TEXT_ALONE = "conditioning={text: 1, image: 0, both: 0, nothing: 0}"
 QUICK = ["eval_every=0", "save_every=1000", "log_every=1", "sheet_samples=0", "eval_samples=4"]
@@ -256,14 +260,16 @@ def test_merged_is_the_same_function(at):
 def test_the_average_follows_what_trains_and_shares_what_is_frozen(at):
     model = load(at / "flow").denoiser
     add_lora(model, LoraConfig(rank=2))
-    ema = Ema(model, decay=0.5)
+    shell = skeleton(model)
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    ema = Ema(Parallel(Accelerator(cpu=True), model, optimiser), shell, decay=0.5)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.fill_(1.0)
-    before = {name: value.clone() for name, value in ema.module.named_parameters()}
-    ema.update(model, step=1000)
-    for (name, mine), theirs in zip(ema.module.named_parameters(), model.parameters(), strict=True):
+    before = {name: value.clone() for name, value in ema.module().named_parameters()}
+    ema.update(step=1000)
+    for (name, mine), theirs in zip(ema.module().named_parameters(), model.parameters(), strict=True):
         if theirs.requires_grad:
             torch.testing.assert_close(mine, (before[name] + 1) / 2)
             assert mine is not theirs
@@ -296,7 +302,10 @@ def test_a_killed_run_with_adapters_goes_on_bit_for_bit(at, whole, tmp_path):
     assert len(losses(out)) < 12
     succeed(*words)
     assert losses(out) == losses(whole) and len(losses(out)) == 12
-    for name in ("state/00000012/ema.safetensors", "pipeline/denoiser/diffusion_pytorch_model.safetensors"):
+    for name in (
+        "state/00000012/part-00000-of-00001.safetensors",
+        "pipeline/denoiser/diffusion_pytorch_model.safetensors",
+    ):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
@@ -314,7 +323,7 @@ def test_gradient_checkpointing_is_done_where_it_can_be(at):
     gradients = []
     for checkpointed in (False, True):
         if checkpointed:
-            checkpoint_gradients(stage)
+            prepare_blocks(RunConfig(gradient_checkpointing=True), stage)
         stage.model.zero_grad()
         loss = stage.loss(stage.model, batch)[0].mean()
         loss.backward()
@@ -322,8 +331,8 @@ def test_gradient_checkpointing_is_done_where_it_can_be(at):
     assert len(calls) == 1 + 2  # the second time the block ran again in the backward pass
     assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-8) for name in gradients[0])
     plain = Stage("clip", torch.nn.Linear(2, 2), stage.loss, stage.batches, stage.evaluate, stage.publish)
-    with pytest.raises(ValueError, match="^gradient_checkpointing: the model of clip"):
-        checkpoint_gradients(plain)
+    with pytest.raises(UserError, match="^gradient_checkpointing: the model of clip"):
+        prepare_blocks(RunConfig(gradient_checkpointing=True), plain)
 
 
 # --- the way from an imported Shap-E: one tower, no statistics -------------------------------------------------------

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from latent_folders import four_latents, small_clip, write_latents
 
 from shapeloom.config import load_config
@@ -13,8 +14,9 @@ from shapeloom.training import autoencoder as autoencoder_stage
 from shapeloom.training import denoiser as denoiser_stage
 from shapeloom.training.autoencoder import AutoencoderRun
 from shapeloom.training.denoiser import DenoiserRun
-from shapeloom.training.ema import Ema
-from shapeloom.training.loop import Stage, checkpoint_gradients, make_optimiser
+from shapeloom.training.ema import Ema, skeleton
+from shapeloom.training.loop import Stage, make_optimiser, prepare_blocks
+from shapeloom.training.parallel import Parallel
 
 
 def first_step(config: DenoiserRun | AutoencoderRun) -> tuple[Stage, torch.Tensor, float]:
@@ -24,16 +26,16 @@ def first_step(config: DenoiserRun | AutoencoderRun) -> tuple[Stage, torch.Tenso
     last = "latent_out.weight" if isinstance(config, DenoiserRun) else "decoder.head.out.4.weight"
     last = last if last in stage.model.state_dict() else "decoder.head.out.2.weight"
     before = stage.model.get_parameter(last).detach().clone()
-    ema = Ema(stage.model, config.ema_decay)
-    if config.gradient_checkpointing:
-        checkpoint_gradients(stage)
-    optimiser = make_optimiser(config, stage.model)
+    shell = skeleton(stage.model)
+    prepare_blocks(config, stage)
+    parallel = Parallel(Accelerator(cpu=True), stage.model, make_optimiser(config, stage.model))
+    ema = Ema(parallel, shell, config.ema_decay)
     loss_B, _ = stage.loss(stage.model, stage.batches(0, 1).batch(0))
     loss_B.mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in stage.model.parameters())
-    optimiser.step()
-    ema.update(stage.model, 1)
-    return stage, loss_B.detach(), float((ema.module.get_parameter(last) - before).abs().max())
+    parallel.update(config.optim.lr)
+    ema.update(1)
+    return stage, loss_B.detach(), float((ema.module().get_parameter(last) - before).abs().max())
 
 
 # Fewer inputs than the presets ask for, so that a step ends soon; the models are whole.

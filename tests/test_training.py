@@ -68,8 +68,8 @@ def test_a_killed_run_goes_on_bit_for_bit(raw, whole, tmp_path):
     assert len(losses(out)) < 12
     run(command(raw, out, "steps=12"))
     assert losses(out) == losses(whole)
-    ema = [(folder / "state" / "00000012" / "ema.safetensors").read_bytes() for folder in (out, whole)]
-    assert ema[0] == ema[1]
+    states = [(folder / "state/00000012/part-00000-of-00001.safetensors").read_bytes() for folder in (out, whole)]
+    assert states[0] == states[1]
 
 
 def test_sigterm_saves_and_asks_to_be_requeued(raw, whole, tmp_path):

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import signal
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..checkpoints.state import Progress, find_state, load_state, save_state
+from ..checkpoints.state import Entry, Progress, StateReader, StateWriter, find_state
 from ..data_pipes.loader import Batches
 from ..errors import UserError
-from ..files import write_atomic, write_json
-from ..progress import Bar
 from .config import RunConfig, lr_at
-from .ema import Ema
+from .ema import Ema, skeleton
+from .launch import launch, say
+from .log import Log, check_trackers
+from .parallel import MOMENTS, Parallel, parallelise
 
-__all__ = ["REQUEUE_EXIT_CODE", "NonFiniteLoss", "Stage", "fit", "say"]
+__all__ = ["REQUEUE_EXIT_CODE", "Batch", "NonFiniteLoss", "Stage", "fit", "say"]
 
 REQUEUE_EXIT_CODE = 75  # sysexits' EX_TEMPFAIL: "state is saved, start me again"; job scripts requeue on it
 
@@ -33,7 +33,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class NonFiniteLoss(UserError):
-    """The loss or a gradient is NaN or infinite; the weights were not touched by it."""
+    """The loss or a gradient is NaN or infinite."""
 
 
 @dataclass
@@ -47,6 +47,9 @@ class Stage:
     batches: (rank, world) → this rank's share of every step.
     evaluate: (EMA model, step) → metrics; runs on the main process alone.
     publish: writes the EMA model where the next stage loads it.
+    shardable: the loss calls the model as one module, so that its parameters may be spread over ranks.
+    data: fingerprint of the data; a run does not go on with other data.
+    flops: floating-point operations a sample costs in training; 0 where they are not counted.
     """
 
     name: str
@@ -55,87 +58,80 @@ class Stage:
     batches: Callable[[int, int], Batches]
     evaluate: Callable[[nn.Module, int], dict[str, float]]
     publish: Callable[[nn.Module], None]
+    shardable: bool = False
+    data: str = ""
+    flops: float = 0.0
 
 
 def fit(run: RunConfig, stage: Stage, *, resume: str = "auto") -> None:
     """Train `stage.model` for `run.steps` steps, going on from the last state in `run.out`.
 
-    Writes config.json, log.jsonl, TensorBoard events, state/ and what `stage.publish` writes.
-    On SIGTERM or SIGINT it saves, then exits with REQUEUE_EXIT_CODE.
+    Writes config.json, log.jsonl, what the trackers write, state/, and at evaluations and the end what
+    `stage.publish` writes. On SIGTERM, SIGINT or SIGUSR1 it saves, then exits with REQUEUE_EXIT_CODE.
 
     Raises: UserError for a launch that is not what the config says; NonFiniteLoss, with the last state kept.
     """
     out = Path(run.out)
-    accelerator = launch(run)
+    check_trackers(run)
+    accelerator = launch(run, shardable=stage.shardable)
     torch.manual_seed(run.seed)
     say(trained_share(stage))
-    ema = Ema(stage.model.to(accelerator.device), run.ema_decay)
-    if run.gradient_checkpointing:
-        checkpoint_gradients(stage)
-    model, optimiser = accelerator.prepare(stage.model, make_optimiser(run, stage.model))
+    prepare_blocks(run, stage)
     found = find_state(out, resume)
-    progress = load_state(accelerator, ema.module, found) if found else Progress()
-    if progress.step >= run.steps:
-        if accelerator.is_main_process:  # a kill may have come between the last state and this
-            stage.publish(ema.module)
-        return
-    batches = stage.batches(accelerator.process_index, accelerator.num_processes).iterate(progress.step)
-    stop = StopSignal(accelerator)
-    with Log(accelerator, run, out, stage.name, progress) as log:
+    reader = StateReader(found) if found else None
+    progress = begin(run, stage, reader)
+    shell = skeleton(stage.model.to(accelerator.device))
+    parallel = parallelise(accelerator, stage.model, make_optimiser(run, stage.model))
+    ema = Ema(parallel, shell, run.ema_decay)
+    if reader is not None:
+        restore(reader, parallel, ema)
+    if progress.step < run.steps:
+        train(run, stage, parallel, ema, progress)
+    else:  # a kill may have come between the last state and this
+        publish(stage, parallel, ema)
+    accelerator.wait_for_everyone()
+
+
+def train(run: RunConfig, stage: Stage, parallel: Parallel, ema: Ema, progress: Progress) -> None:
+    accelerator, out = parallel.accelerator, Path(run.out)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    stop, batches = StopSignal(accelerator), stage.batches(rank, world).iterate(progress.step)
+    barrier = accelerator.wait_for_everyone
+    writer = StateWriter(
+        out, rank=rank, world=world, barrier=barrier, keep_last=run.keep_last, keep_every=run.keep_every
+    )
+    with Log(accelerator, run, out, stage.name, progress, flops=stage.flops) as log:
         while progress.step < run.steps:
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in next(batches).items()}
-            loss, metrics = backward(accelerator, model, stage.loss, batch, run.accumulate)
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), run.optim.max_grad_norm)
-            assert_finite(loss, grad_norm, progress, out)
+            step_seed(run.seed, progress.step, rank)
+            loss, metrics = backward(parallel, stage.loss, batch, run.accumulate)
+            norm = parallel.clip(run.optim.max_grad_norm)
+            assert_finite(loss, norm, parallel, progress, out)
+            writer.before_update()
             lr = lr_at(run.optim, progress.step + 1, run.steps)
-            for group in optimiser.param_groups:
-                group["lr"] = lr
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            if (late_norm := parallel.update(lr)) is not None:
+                norm = late_norm
+                assert_finite(loss, norm, parallel, progress, out)
             progress.step += 1
-            ema.update(accelerator.unwrap_model(model), progress.step)
-            log.step(loss=loss, grad_norm=grad_norm, lr=lr, **metrics)
+            ema.update(progress.step)
+            log.step(loss=loss, grad_norm=norm, lr=lr, **metrics)
             last, stopping = progress.step == run.steps, stop.wanted(progress.step)
-            if due(run.eval_every, progress.step) or last:
-                log.evaluation(stage.evaluate, ema.module)
             if due(run.save_every, progress.step) or last or stopping:
-                save_state(accelerator, ema.module, progress, out, keep_last=run.keep_last, keep_every=run.keep_every)
-                if accelerator.is_main_process:
-                    stage.publish(ema.module)
+                note(progress, run, stage, parallel)
+                writer.begin(progress, entries(parallel, ema))
+            if due(run.eval_every, progress.step) or last:
+                evaluate(stage, parallel, ema, log)
             if stopping and not last:
+                writer.finish()
                 raise SystemExit(REQUEUE_EXIT_CODE)
-    accelerator.wait_for_everyone()
+        writer.finish()
 
 
 def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def launch(run: RunConfig) -> Accelerator:
-    """The accelerator, after checking that the launcher did what it was asked to."""
-    cpu = run.cpu or not torch.cuda.is_available()
-    if cpu and run.precision != "no":
-        raise UserError(f"precision={run.precision} is slower than float32 on a CPU; leave it at 'no' there")
-    accelerator = Accelerator(cpu=cpu, mixed_precision=run.precision)
-    asked = run.processes or int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != asked:
-        raise UserError(
-            f"{asked} processes were asked for but {accelerator.num_processes} came up: on a CPU start them with "
-            f"torchrun --nproc_per_node {asked} -m shapeloom.training.<stage> (accelerate launch --cpu starts only one)"
-        )
-    share = run.batch_size // accelerator.num_processes
-    if run.batch_size % accelerator.num_processes or share % run.accumulate:
-        raise UserError(
-            f"batch_size {run.batch_size} does not divide among {accelerator.num_processes} processes "
-            f"and {run.accumulate} accumulated parts"
-        )
-    return accelerator
-
-
-def say(text: str) -> None:
-    """Tell the user something once, whatever the number of ranks; usable before there is an accelerator."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+# --- before the first step -------------------------------------------------------------------------------------------
 
 
 def trained_share(stage: Stage) -> str:
@@ -147,11 +143,20 @@ def trained_share(stage: Stage) -> str:
     return f"{stage.name}: training {trained:,} of {every:,} parameters ({trained / every:.1%})"
 
 
-def checkpoint_gradients(stage: Stage) -> None:
-    """Have the model compute its blocks again in the backward pass. Raises UserError where it cannot."""
-    if not getattr(stage.model, "_supports_gradient_checkpointing", False):
-        raise UserError(f"gradient_checkpointing: the model of {stage.name} has no blocks to do it on; leave it false")
-    stage.model.enable_gradient_checkpointing()
+def prepare_blocks(run: RunConfig, stage: Stage) -> None:
+    """Checkpointing and compilation of the model's blocks. Raises UserError where it has none."""
+    if run.gradient_checkpointing:
+        if not getattr(stage.model, "_supports_gradient_checkpointing", False):
+            raise UserError(
+                f"gradient_checkpointing: the model of {stage.name} has no blocks to do it on; leave it off"
+            )
+        stage.model.enable_gradient_checkpointing()
+    if run.compile:
+        blocks = [b for name, m in stage.model.named_modules() if name.split(".")[-1] == "blocks" for b in m]
+        if not blocks:
+            raise UserError(f"compile: the model of {stage.name} has no blocks to compile; leave it false")
+        for block in blocks:  # alike, so that one compilation serves all
+            block.compile()
 
 
 def make_optimiser(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -161,44 +166,140 @@ def make_optimiser(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": run.optim.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=run.optim.lr, betas=run.optim.betas, fused=True)
 
 
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+def begin(run: RunConfig, stage: Stage, reader: StateReader | None) -> Progress:
+    """Where to begin, with the weights of the state to go on from in `stage.model`.
+
+    Raises: UserError if that state is of another model, of other data, or of another order of samples.
+    """
+    if reader is None:
+        return Progress()
+    progress = reader.progress
+    for name, before, now in (
+        ("seed", progress.seed, run.seed),
+        ("batch_size", progress.batch_size, run.batch_size),
+        ("data", progress.data, stage.data),
+    ):
+        if before != now:
+            what = "the data are not those it was trained on" if name == "data" else f"{name} was {before}, it is {now}"
+            raise UserError(f"{reader.folder} cannot be gone on from: {what}; put that back, or give another --out")
+    weights = {**dict(stage.model.named_parameters()), **dict(stage.model.named_buffers())}
+    trained = {name: p.shape for name, p in stage.model.named_parameters() if p.requires_grad}
+    reader.check("weights", {name: value.shape for name, value in weights.items()})
+    reader.check("ema", trained)
+    with torch.no_grad():
+        for name, value in weights.items():
+            value.copy_(reader.tensor(f"weights/{name}"))
+    return progress
+
+
+@torch.no_grad()
+def restore(reader: StateReader, parallel: Parallel, ema: Ema) -> None:
+    """The averages, of weights and of gradients, of a state; the weights came before they were laid out."""
+    for name, p in ema.trained.items():
+        ema.set(name, reader.tensor(f"ema/{name}"))
+        moments = {moment: reader.tensor(f"{moment}/{name}") for moment in MOMENTS}
+        parallel.set_moments(p, moments, reader.progress.updates)
+    if parallel.scaler is not None and reader.progress.scaler:
+        parallel.scaler.load_state_dict(reader.progress.scaler)
+
+
+def entries(parallel: Parallel, ema: Ema) -> Iterator[Entry]:
+    """Every tensor of the state."""
+    for name, p in parallel.parameters():
+        size = parallel.numel(p) * 4
+        yield Entry(f"weights/{name}", size, partial(parallel.weight, p))
+        if p.requires_grad:
+            yield Entry(f"ema/{name}", size, partial(ema.whole, name))
+            for moment in MOMENTS:
+                yield Entry(f"{moment}/{name}", size, partial(parallel.moment, p, moment))
+    for name, buffer in parallel.bare.named_buffers():
+        yield Entry(f"weights/{name}", buffer.nbytes, buffer.detach)
+
+
+def note(progress: Progress, run: RunConfig, stage: Stage, parallel: Parallel) -> None:
+    """What the state shall say of the run."""
+    progress.updates, progress.data = parallel.steps_taken(), stage.data
+    progress.seed, progress.batch_size = run.seed, run.batch_size
+    progress.scaler = parallel.scaler.state_dict() if parallel.scaler is not None else None
+
+
+# --- a step ----------------------------------------------------------------------------------------------------------
+
+
+def step_seed(seed: int, step: int, rank: int) -> None:
+    """Random numbers drawn inside a model (dropout of adapters) are a function of the step and the rank."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]) >> 1)
+
+
 def backward(
-    accelerator: Accelerator, model: nn.Module, loss_fn: Callable, batch: Batch, parts: int
+    parallel: Parallel, loss_fn: Callable, batch: Batch, parts: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Gradients of the mean loss over the batch, taken in `parts`; returns the mean loss and metrics, detached."""
     losses, all_metrics = [], []
     chunks = [dict(zip(batch, tensors, strict=True)) for tensors in zip(*(v.chunk(parts) for v in batch.values()))]
     for i, chunk in enumerate(chunks):
-        with accelerator.no_sync(model) if i < len(chunks) - 1 else nullcontext():
-            loss_B, metrics = loss_fn(model, chunk)
+        with parallel.exchange(last=i == len(chunks) - 1):
+            loss_B, metrics = loss_fn(parallel.model, chunk)
             loss = loss_B.mean()
-            accelerator.backward(loss / len(chunks))
+            parallel.backward(loss, parts=len(chunks), last=i == len(chunks) - 1)
         losses.append(loss.detach())
         all_metrics.append(metrics)
     mean = {name: torch.stack([m[name] for m in all_metrics]).mean() for name in all_metrics[0]}
     return torch.stack(losses).mean(), mean
 
 
-def assert_finite(loss: torch.Tensor, grad_norm: torch.Tensor | float, progress: Progress, out: Path) -> None:
+def assert_finite(
+    loss: torch.Tensor, norm: torch.Tensor | float | None, parallel: Parallel, progress: Progress, out: Path
+) -> None:
     """Gradients are summed over ranks, so one rank's NaN is in every rank's norm and all stop here together."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    if norm is None:
+        return
+    skipped = parallel.scaler is not None and parallel.scaler.get_scale() > 1  # it leaves out such an update itself
+    if not (math.isfinite(norm) or skipped) or not math.isfinite(loss if parallel.scaler is None else 0.0):
         raise NonFiniteLoss(
-            f"step {progress.step + 1}: loss {float(loss):.4g}, gradient norm {float(grad_norm):.4g}; the update was "
-            f"not made and {out}/state/latest is intact: start again with a lower optim.lr"
+            f"step {progress.step + 1}: loss {float(loss):.4g}, gradient norm {float(norm):.4g}; training stopped and "
+            f"{out}/state/latest is intact: start again with a lower optim.lr"
         )
 
 
+def evaluate(stage: Stage, parallel: Parallel, ema: Ema, log: Log) -> None:
+    """Evaluate and publish the averages on the main process; what goes wrong there never ends the run."""
+    began = time.monotonic()
+    module = ema.module()
+    if parallel.accelerator.is_main_process:
+        step = log.progress.step
+        try:
+            metrics = stage.evaluate(module, step)
+            log.write({f"eval/{name}": value for name, value in metrics.items()})
+            log.bar.update(0, **metrics)
+        except Exception as error:  # a picture or a score is not worth a run
+            print(f"evaluation at step {step} failed ({type(error).__name__}: {error}); training goes on", flush=True)
+        stage.publish(module)
+    log.pause(time.monotonic() - began)
+
+
+def publish(stage: Stage, parallel: Parallel, ema: Ema) -> None:
+    module = ema.module()
+    if parallel.accelerator.is_main_process:
+        stage.publish(module)
+
+
 class StopSignal:
-    """SIGTERM or SIGINT asks for a state and an end; ranks agree on the step at which they do it."""
+    """SIGTERM, SIGINT or SIGUSR1 asks for a state and an end; ranks agree on the step at which they do it."""
 
     AGREE_EVERY = 10  # steps between the ranks' exchanges; one process looks at every step
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.received = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
     def _receive(self, *_: Any) -> None:
@@ -213,71 +314,3 @@ class StopSignal:
             return False
         flag = torch.tensor([float(self.received)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag).item() > 0)
-
-
-class Log:
-    """log.jsonl, TensorBoard and the progress bar, on the main process. A resumed run's log has no step twice."""
-
-    def __init__(self, accelerator: Accelerator, run: RunConfig, out: Path, name: str, progress: Progress) -> None:
-        self.accelerator, self.run, self.out, self.progress = accelerator, run, out, progress
-        self.main = accelerator.is_main_process
-        self.bar = Bar(run.steps, name, start=progress.step, quiet=not self.main)
-        self.began = time.monotonic() - progress.seconds
-
-    def __enter__(self) -> Log:
-        if self.main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_json(self.out / "config.json", self.run.model_dump(mode="json"))
-            path = self.out / "log.jsonl"
-            if path.exists():
-                kept = [line for line in path.read_text().splitlines() if self._before(line)]
-                write_atomic(path, "".join(line + "\n" for line in kept))
-            self.tensorboard = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.progress.step + 1)
-        self.bar.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.bar.__exit__(*error)
-        if self.main:
-            self.tensorboard.close()
-
-    def _before(self, line: str) -> bool:
-        try:
-            return json.loads(line)["step"] <= self.progress.step
-        except (ValueError, KeyError):  # a line the last kill cut short
-            return False
-
-    def step(self, **metrics: torch.Tensor | float) -> None:
-        """Note a step; values are read from the device only every `log_every` steps."""
-        self.progress.seconds = time.monotonic() - self.began
-        shown: dict[str, float] = {}
-        if due(self.run.log_every, self.progress.step):
-            reduced = {name: torch.as_tensor(value, device=self.accelerator.device) for name, value in metrics.items()}
-            if self.accelerator.num_processes > 1:
-                reduced = {name: self.accelerator.reduce(value.float(), "mean") for name, value in reduced.items()}
-            values = {name: float(value) for name, value in reduced.items()}
-            self._write(values)
-            shown = {"loss": values["loss"]}
-        self.bar.update(1, **shown)
-
-    def evaluation(self, evaluate: Callable[[nn.Module, int], dict[str, float]], model: nn.Module) -> None:
-        """Evaluate on the main process; what goes wrong there is noted and never ends the run."""
-        if self.main:
-            try:
-                metrics = evaluate(model, self.progress.step)
-            except (RuntimeError, ValueError, OSError) as error:
-                print(f"evaluation at step {self.progress.step} failed ({error}); training goes on")
-                return
-            self._write({f"eval/{name}": value for name, value in metrics.items()})
-            self.bar.update(0, **metrics)
-
-    def _write(self, values: dict[str, float]) -> None:
-        if not self.main:
-            return
-        line = {"step": self.progress.step, "time": round(self.progress.seconds, 2), **values}
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, value, self.progress.step)
