@@ -149,6 +149,7 @@ def build(config: DenoiserRun) -> Stage:
         batches=lambda rank, world: Batches(train, collate, config.batch_size, config.seed, rank, world),
         evaluate=evaluate,
         publish=lambda ema: publish_pipeline(ShapeloomPipeline(denoiser=merged(ema), **frozen), out / "pipeline"),
+        shardable=True,
     )
 
 

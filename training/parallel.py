@@ -129,6 +129,8 @@ class ZeroParallel(Parallel):
         self.engine: Any = self.model
         self.zero: Any = self.engine.optimizer
         self.sharded = self.engine.zero_optimization_stage() == 3
+        if not self.sharded:  # DeepSpeed links them to the parameters at the first group's update, the others' not
+            self._allocate(step=0)
 
     def exchange(self, *, last: bool) -> AbstractContextManager:
         return nullcontext()  # the engine knows where in the batch it is
@@ -186,7 +188,7 @@ class ZeroParallel(Parallel):
                 safe_set_full_optimizer_state(p, value, name)
 
     def _allocate(self, step: int) -> None:
-        """Give the flat partitions their averages, which ZeRO-1 and 2 only get with the first update."""
+        """Give the flat partitions their averages, which they would get with the first update."""
         inner = self.zero.optimizer
         for group in inner.param_groups:
             for flat in group["params"]:

@@ -1,0 +1,96 @@
+"""The layouts a launcher can ask for, on two real ranks: the same losses, and each goes on from any other's state."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from latent_folders import four_latents, small_autoencoder, small_clip, succeed, write_latents
+from safetensors.torch import load_file
+
+MODEL = ["model.width=32", "model.heads=2", "model.layers=2"]
+LOOP = ["batch_size=4", "steps=9", "log_every=1", "eval_every=0", "save_every=3", "keep_last=9", "optim.lr=0.01"]
+QUICK = [*MODEL, *LOOP, "optim.warmup_steps=2", "sheet_samples=0", "eval_samples=2", "trackers=[]"]
+
+LAYOUTS = {
+    "ddp": {},
+    "fsdp2": {
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+    },
+    "zero1": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+
+
+def two_ranks(layout: str, stage: str, words: list, code: int = 0) -> str:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, Path(__file__).with_name("rank_main.py"), stage, *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LAYOUT": layout, **LAYOUTS[layout]}
+    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def losses(out: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def state(out: Path, step: int) -> dict[str, torch.Tensor]:
+    parts = sorted((out / "state" / f"{step:08d}").glob("part-*.safetensors"))
+    return {name: value for part in parts for name, value in load_file(part).items()}
+
+
+def start_from(other: Path, out: Path, step: int) -> Path:
+    """A run folder that has got as far as `step` of another."""
+    shutil.copytree(other / "state" / f"{step:08d}", out / "state" / f"{step:08d}")
+    (out / "state" / "latest").write_text(f"{step:08d}")
+    return out
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "latents"
+    return write_latents(folder, small_autoencoder(), small_clip(), four_latents())
+
+
+@pytest.fixture(scope="module")
+def whole(latents, tmp_path_factory):
+    """A run of 9 steps in one process."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    succeed("train", "denoiser", "--data", latents, "--out", out, *QUICK)
+    return out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_rank_then_two_then_one(layout, latents, whole, tmp_path):
+    first = start_from(whole, tmp_path / "first", 3)
+    said = two_ranks(layout, "denoiser", ["--data", latents, "--out", first, *QUICK, "processes=2"])
+    assert "training" in said and said.count("training 5") == 1  # said by one rank alone
+    ours, expected = losses(first), losses(whole)
+    assert sorted(ours) == [4, 5, 6, 7, 8, 9]
+    assert ours == pytest.approx({step: expected[step] for step in ours}, rel=1e-5)
+    mine, theirs = state(first, 9), state(whole, 9)
+    assert mine.keys() == theirs.keys()
+    for name in theirs:  # weights, their averages, the optimiser's
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-5)
+    sizes = [p.stat().st_size for p in (first / "state" / "00000009").glob("part-*")]
+    assert len(sizes) == 2 and max(sizes) < 1.1 * min(sizes)
+    pipeline = load_file(first / "pipeline/denoiser/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(pipeline[name], mine[f"ema/{name}"]) for name in pipeline)
+
+    again = start_from(first, tmp_path / "again", 6)  # as it was laid out: every bit the same
+    two_ranks(layout, "denoiser", ["--data", latents, "--out", again, *QUICK])
+    assert losses(again) == {step: ours[step] for step in (7, 8, 9)}
+    assert all(torch.equal(value, mine[name]) for name, value in state(again, 9).items())
+
+    alone = start_from(first, tmp_path / "alone", 6)
+    succeed("train", "denoiser", "--data", latents, "--out", alone, *QUICK)
+    assert losses(alone) == pytest.approx({step: expected[step] for step in (7, 8, 9)}, rel=1e-5)
