@@ -190,13 +190,13 @@ class ZeroParallel(Parallel):
     def _allocate(self, step: int) -> None:
         """Give the flat partitions their averages, which they would get with the first update."""
         inner = self.zero.optimizer
-        for group in inner.param_groups:
-            for flat in group["params"]:
-                state = inner.state[flat]
-                state["step"] = torch.tensor(float(step), device=flat.device if _fused(inner) else None)
-                for name in MOMENTS:
-                    if name not in state:
-                        state[name] = torch.zeros_like(flat)
+        groups = [flat for group in inner.param_groups for flat in group["params"]]
+        for flat in self.zero.fp32_partitioned_groups_flat if self.sharded else groups:
+            state = inner.state[flat]
+            state["step"] = torch.tensor(float(step), device=flat.device if _fused(inner) else None)
+            for name in MOMENTS:
+                if name not in state:
+                    state[name] = torch.zeros_like(flat)
         if not self.sharded:
             self.zero._lazy_init_hp_params_optimizer_state()
 
