@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from ..errors import UserError
 from ..files import ASIDE, read_json, write_atomic, write_json
 
 __all__ = ["Progress", "StateReader", "StateWriter", "find_state"]
-
-PATIENCE_S = 1800.0  # how long the main rank waits for the others' parts
 
 
 @dataclass
@@ -67,14 +65,23 @@ class StateWriter:
     Args:
         run: the run folder, the same on all ranks.
         barrier: returns once all ranks have called it.
+        patience_s: how long the main rank waits for the others' parts, in seconds.
     """
 
     def __init__(
-        self, run: Path, *, rank: int, world: int, barrier: Callable[[], None], keep_last: int, keep_every: int
+        self,
+        run: Path,
+        *,
+        rank: int,
+        world: int,
+        barrier: Callable[[], None],
+        patience_s: float,
+        keep_last: int,
+        keep_every: int,
     ) -> None:
         self.folder = run / "state"
         self.rank, self.world, self.barrier = rank, world, barrier
-        self.keep_last, self.keep_every = keep_last, keep_every
+        self.patience_s, self.keep_last, self.keep_every = patience_s, keep_last, keep_every
         self.waited_s = 0.0  # time the loop has stood still for states
         self._room: dict[str, torch.Tensor] = {}  # host memory for this rank's share, used again by each state
         self._thread: threading.Thread | None = None
@@ -101,7 +108,7 @@ class StateWriter:
                 held[entry.name] = whole
         self._copied.clear()
         details = dict(vars(progress))
-        self._thread = threading.Thread(target=self._write, args=(aside, held, details), name="state")
+        self._thread = threading.Thread(target=self._write, args=(aside, held, details), daemon=True)
         self._thread.start()
         self.waited_s += time.monotonic() - began
 
@@ -117,6 +124,15 @@ class StateWriter:
         self._join()
         if self._error:
             raise UserError(self._error)
+
+    @contextlib.contextmanager
+    def finished_before(self, *errors: type[Exception]) -> Iterator[None]:
+        """Around the loop: these errors wait for the state in writing; after others nobody may answer for it."""
+        try:
+            yield
+        except errors:
+            self._join()
+            raise
 
     def _join(self) -> None:
         if self._thread is None:
@@ -158,12 +174,12 @@ class StateWriter:
 
     def _await_parts(self, aside: Path) -> None:
         waiting = {part_name(rank, self.world) for rank in range(self.world)}
-        until = time.monotonic() + PATIENCE_S
+        until = time.monotonic() + self.patience_s
         while waiting := {name for name in waiting if not (aside / name).exists()}:
             if failed := next(aside.glob("failed-*"), None):
                 raise OSError(failed.read_text())
             if time.monotonic() > until:
-                raise OSError(f"{min(waiting)} was not written in {PATIENCE_S / 60:.0f} minutes")
+                raise OSError(f"{min(waiting)} was not written in {self.patience_s / 60:.0f} minutes")
             time.sleep(0.02)
 
     def _publish(self, aside: Path, details: dict[str, Any]) -> None:

@@ -56,6 +56,11 @@ def launch(run: RunConfig, *, shardable: bool) -> Accelerator:
 
 def _check_before(run: RunConfig, *, cpu: bool, zero: bool) -> None:
     """What can be refused before any rank meets another."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # "no" is also what accelerate says unasked
+    if asked not in ("no", run.precision):
+        raise UserError(
+            f"the accelerate file says mixed_precision: {asked}, the run precision={run.precision}: make them the same"
+        )
     if cpu and run.precision == "fp16":
         raise UserError("precision=fp16 needs a GPU; on a CPU leave it at 'no', or take bf16")
     if cpu and run.precision == "bf16":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
+from safetensors import SafetensorError
+from torch import distributed, nn
 
 from ..checkpoints.state import Entry, Progress, StateReader, StateWriter, find_state
 from ..data_pipes.loader import Batches
@@ -34,6 +36,10 @@ Batch = dict[str, torch.Tensor]
 
 class NonFiniteLoss(UserError):
     """The loss or a gradient is NaN or infinite."""
+
+
+class LostRank(UserError):
+    """Another rank ended or does not answer."""
 
 
 @dataclass
@@ -69,7 +75,8 @@ def fit(run: RunConfig, stage: Stage, *, resume: str = "auto") -> None:
     Writes config.json, log.jsonl, what the trackers write, state/, and at evaluations and the end what
     `stage.publish` writes. On SIGTERM, SIGINT or SIGUSR1 it saves, then exits with REQUEUE_EXIT_CODE.
 
-    Raises: UserError for a launch that is not what the config says; NonFiniteLoss, with the last state kept.
+    Raises: UserError for a launch that is not what the config says; NonFiniteLoss and LostRank, with the last state
+    kept.
     """
     out = Path(run.out)
     check_trackers(run)
@@ -85,22 +92,28 @@ def fit(run: RunConfig, stage: Stage, *, resume: str = "auto") -> None:
     ema = Ema(parallel, shell, run.ema_decay)
     if reader is not None:
         restore(reader, parallel, ema)
-    if progress.step < run.steps:
+    with lost_rank_named(accelerator, progress, out):
         train(run, stage, parallel, ema, progress)
-    else:  # a kill may have come between the last state and this
-        publish(stage, parallel, ema)
-    accelerator.wait_for_everyone()
+        module = ema.module()
+        if accelerator.is_main_process:
+            publish(stage, module, out)
+        accelerator.wait_for_everyone()
 
 
 def train(run: RunConfig, stage: Stage, parallel: Parallel, ema: Ema, progress: Progress) -> None:
+    """From `progress.step` to `run.steps`."""
+    if progress.step == run.steps:
+        return
     accelerator, out = parallel.accelerator, Path(run.out)
     rank, world = accelerator.process_index, accelerator.num_processes
     stop, batches = StopSignal(accelerator), stage.batches(rank, world).iterate(progress.step)
     barrier = accelerator.wait_for_everyone
-    writer = StateWriter(
-        out, rank=rank, world=world, barrier=barrier, keep_last=run.keep_last, keep_every=run.keep_every
-    )
-    with Log(accelerator, run, out, stage.name, progress, flops=stage.flops) as log:
+    kept, patience = {"keep_last": run.keep_last, "keep_every": run.keep_every}, 60 * run.timeout_minutes
+    writer = StateWriter(out, rank=rank, world=world, barrier=barrier, patience_s=patience, **kept)
+    with (
+        writer.finished_before(NonFiniteLoss),
+        Log(accelerator, run, out, stage.name, progress, flops=stage.flops) as log,
+    ):
         while progress.step < run.steps:
             batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in next(batches).items()}
             step_seed(run.seed, progress.step, rank)
@@ -125,6 +138,22 @@ def train(run: RunConfig, stage: Stage, parallel: Parallel, ema: Ema, progress: 
                 writer.finish()
                 raise SystemExit(REQUEUE_EXIT_CODE)
         writer.finish()
+
+
+@contextlib.contextmanager
+def lost_rank_named(accelerator: Accelerator, progress: Progress, out: Path) -> Iterator[None]:
+    """Turns what the communication library says when a rank is gone into a sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).partition("\n")[0]
+        lost = isinstance(error, distributed.DistError) or "gloo" in first
+        if accelerator.num_processes == 1 or not lost:
+            raise
+        raise LostRank(
+            f"step {progress.step + 1}: another rank ended or did not answer (its own message says why, if it could "
+            f"leave one); {out}/state/latest is intact: start the same command again ({first[:200]})"
+        ) from None
 
 
 def due(every: int, step: int) -> bool:
@@ -270,25 +299,33 @@ def assert_finite(
 
 
 def evaluate(stage: Stage, parallel: Parallel, ema: Ema, log: Log) -> None:
-    """Evaluate and publish the averages on the main process; what goes wrong there never ends the run."""
+    """Evaluate the averages on the main process; what goes wrong there never ends the run."""
     began = time.monotonic()
-    module = ema.module()
+    module, step = ema.module(), log.progress.step
     if parallel.accelerator.is_main_process:
-        step = log.progress.step
         try:
             metrics = stage.evaluate(module, step)
             log.write({f"eval/{name}": value for name, value in metrics.items()})
             log.bar.update(0, **metrics)
         except Exception as error:  # a picture or a score is not worth a run
             print(f"evaluation at step {step} failed ({type(error).__name__}: {error}); training goes on", flush=True)
-        stage.publish(module)
+        if step < log.run.steps:
+            try:
+                publish(stage, module, log.out)
+            except UserError as error:
+                print(f"{error}; training goes on", flush=True)
     log.pause(time.monotonic() - began)
 
 
-def publish(stage: Stage, parallel: Parallel, ema: Ema) -> None:
-    module = ema.module()
-    if parallel.accelerator.is_main_process:
+def publish(stage: Stage, module: nn.Module, out: Path) -> None:
+    """Raises UserError if the disk does not take it."""
+    try:
         stage.publish(module)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the model could not be written to {out} ({error}); the state is intact: free some space and start the "
+            "same command again"
+        ) from None
 
 
 class StopSignal:
