@@ -1,5 +1,6 @@
 """What a run may be told, and that it goes on bit for bit all the same; what becomes of it when a machine fails it."""
 
+import json
 import os
 import resource
 import signal
@@ -121,6 +122,15 @@ def test_a_lost_rank_ends_the_others_and_the_state_stays(latents, tmp_path):
     assert "another rank ended or did not answer" in errors and "is intact" in errors and "Traceback" not in errors
     folder = out / "state" / (out / "state/latest").read_text()
     assert (folder / "progress.json").exists() and len(list(folder.glob("part-*-of-00002.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_random_moments_it_ends_the_same(ranks):
+    command = [sys.executable, "-m", "shapeloom.launch.bench.kills", "--kills", "3", "--ranks", str(ranks)]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["same"] is True and result["kills"] == 3
 
 
 def free_port() -> int:
