@@ -150,14 +150,16 @@ class RawDataset:
         cache_bytes: int = 2 << 30,
     ) -> None:
         self.shards = folder if isinstance(folder, ShardFolder) else ShardFolder(folder)
-        self.indices = self.shards.select(split)
+        self.shards.refuse_unknown(split)
+        self.indices = self.shards.where(split)
         self.parts = tuple(parts)
         if unknown := set(self.parts) - set(PARTS):
             raise ValueError(f"part {min(unknown)!r} is not one of {', '.join(PARTS)}")
-        if not self.indices:
+        if not len(self.indices):
             raise UserError(f"{self.shards.folder} holds no samples")
         for part in self.parts:
-            self._suffixes(self.indices[0], part)
+            if not self.shards.has(_member(part)):
+                self._suffixes(int(self.indices[0]), part)  # which says so
         self._room = cache_bytes
         self._kept: dict[int, RawSample] = {}
 
@@ -167,7 +169,7 @@ class RawDataset:
     def __getitem__(self, i: int) -> RawSample:
         sample = self._kept.get(i)
         if sample is None:
-            sample = self._decode(self.indices[i])
+            sample = self._decode(int(self.indices[i]))
             size = sum(array.nbytes for array in sample.stored.values()) + 4096  # json and cameras, roughly
             if size <= self._room:
                 self._room -= size
@@ -176,17 +178,13 @@ class RawDataset:
 
     def _suffixes(self, index: int, part: str) -> list[str]:
         """Members that hold a part of a sample."""
-        if part in _VIEW_PREFIX:
-            names = [name for name in self.shards.suffixes(index) if name.startswith(_VIEW_PREFIX[part])]
-        else:
-            name = "cameras.json" if part == "cameras" else f"{part}.npz"
-            names = [name] if name in self.shards.suffixes(index) else []
+        names = [name for name in self.shards.suffixes(index) if name.startswith(_member(part))]
         if not names:
-            raise UserError(f"{self.shards.uids[index]} in {self.shards.folder} has no {part}: build it with that part")
+            raise UserError(f"{self.shards.uid(index)} in {self.shards.folder} has no {part}: build it with that part")
         return names
 
     def _decode(self, index: int) -> RawSample:
-        uid = self.shards.uids[index]
+        uid = self.shards.uid(index)
         names = {part: self._suffixes(index, part) for part in self.parts}
         members = self.shards.read(index, ["json", *(name for of_part in names.values() for name in of_part)])
         stored: dict[str, np.ndarray] = {}
@@ -203,6 +201,11 @@ class RawDataset:
                 arrays = (decode_surface if part == "surface" else decode_field)(data, what)
                 stored |= {f"{part}.{name}": array for name, array in arrays.items()}
         return RawSample(uid, index, decode_json(members["json"], f"{uid}.json"), stored, cameras)
+
+
+def _member(part: str) -> str:
+    """How the names of a part's members begin."""
+    return _VIEW_PREFIX.get(part) or ("cameras.json" if part == "cameras" else f"{part}.npz")
 
 
 def _cameras(fields: dict[str, Any], what: str) -> Cameras:
