@@ -94,11 +94,11 @@ class Index:
     def read(cls, path: Path, kept: dict[str, Any]) -> Index:
         """Map the columns. Raises OSError, KeyError, TypeError or ValueError if the file is not what `kept` says."""
         with open(path, "rb") as file:
-            columns = [_mapped(file) for _ in range(5)]
+            uid, split, layout, first, place = (_mapped(file) for _ in range(5))
             if not kept["bytes"] == file.tell() == path.stat().st_size:
                 raise ValueError(f"{path} is not of this folder")
         layouts = tuple(tuple(names) for names in kept["layouts"])
-        return cls(*columns, splits=tuple(kept["splits"]), layouts=layouts)
+        return cls(uid, split, layout, first, place, tuple(kept["splits"]), layouts)
 
     def __len__(self) -> int:
         return len(self.uid)

@@ -22,8 +22,8 @@ from ..models.cameras import Cameras
 from .raw_sample import NORMAL_SCALE, decode_depth, decode_field, decode_json, decode_surface, decode_webp
 from .shards import ShardFolder
 
-PARTS = ("surface", "field", "albedo", "lit", "depth", "cameras")
-_VIEW_PREFIX = {"albedo": "view_", "lit": "lit_"}
+PARTS = ("surface", "field", "albedo", "lit", "pictures", "depth", "cameras")
+_VIEW_PREFIX = {"albedo": "view_", "lit": "lit_", "pictures": "lit_"}
 _ORDER_KEY = 0x6F72646572  # sets the order's random numbers apart from the samples'
 
 Sample_co = TypeVar("Sample_co", covariant=True)
@@ -39,6 +39,7 @@ class RawSample:
         meta: the json member.
         stored: arrays as in raw_sample.py, under "surface.xyz", "field.sdf", "lit", ...
         cameras: of the views, if asked for.
+        pictures: the lit views as they are stored, WebP, if asked for.
     What was not asked for is None.
     """
 
@@ -47,6 +48,7 @@ class RawSample:
     meta: dict[str, Any]
     stored: dict[str, np.ndarray]
     cameras: Cameras | None = None
+    pictures: tuple[bytes, ...] | None = None
 
     @property
     def captions(self) -> list[str]:
@@ -170,7 +172,8 @@ class RawDataset:
         sample = self._kept.get(i)
         if sample is None:
             sample = self._decode(int(self.indices[i]))
-            size = sum(array.nbytes for array in sample.stored.values()) + 4096  # json and cameras, roughly
+            size = sum(array.nbytes for array in sample.stored.values()) + sum(map(len, sample.pictures or ()))
+            size += 4096  # json and cameras, roughly
             if size <= self._room:
                 self._room -= size
                 self._kept[i] = sample
@@ -188,11 +191,13 @@ class RawDataset:
         names = {part: self._suffixes(index, part) for part in self.parts}
         members = self.shards.read(index, ["json", *(name for of_part in names.values() for name in of_part)])
         stored: dict[str, np.ndarray] = {}
-        cameras = None
+        cameras = pictures = None
         for part, of_part in names.items():
             data, what = members[of_part[0]], f"{uid}.{of_part[0]}"
             if part == "cameras":
                 cameras = _cameras(decode_json(data, what), what)
+            elif part == "pictures":
+                pictures = tuple(members[name] for name in of_part)
             elif part in _VIEW_PREFIX:
                 stored[part] = np.stack([decode_webp(members[name], f"{uid}.{name}") for name in of_part])
             elif part == "depth":
@@ -200,7 +205,7 @@ class RawDataset:
             else:
                 arrays = (decode_surface if part == "surface" else decode_field)(data, what)
                 stored |= {f"{part}.{name}": array for name, array in arrays.items()}
-        return RawSample(uid, index, decode_json(members["json"], f"{uid}.json"), stored, cameras)
+        return RawSample(uid, index, decode_json(members["json"], f"{uid}.json"), stored, cameras, pictures)
 
 
 def _member(part: str) -> str:

@@ -36,6 +36,7 @@ from .raw_sample import decode_json, encode_raw_sample
 
 __all__ = [
     "LATENT_FORMAT",
+    "MANIFEST",
     "RAW_FORMAT",
     "ShardFolder",
     "ShardInfo",
@@ -220,6 +221,8 @@ def _first_difference(old: Any, new: dict[str, Any]) -> str:
     old = old if isinstance(old, dict) else {}
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
+            if key.endswith("_hash"):
+                return f"{'other raw data' if key == 'raw_hash' else 'another ' + key.removesuffix('_hash')}"
             return f"{key} {old.get(key)!r} there, {new.get(key)!r} asked"
     return "its settings are damaged"
 
