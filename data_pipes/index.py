@@ -69,7 +69,7 @@ class Index:
         splits = tuple(dict.fromkeys(name for part in parts for name in part.splits))
         layouts = tuple(dict.fromkeys(names for part in parts for names in part.layouts))
         starts = np.cumsum([0, *(len(part.place) for part in parts)])
-        none = cls(*(np.zeros(0, kind) for kind in ("S1", "u1", "u2", "i8")), np.zeros((0, 2), "i8"), (), ())
+        none = cls.of_shard({"members": {}, "splits": {}})  # for a folder without shards
         every = [none, *parts]
         return cls(
             uid=np.concatenate([part.uid for part in every]),

@@ -125,10 +125,10 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """Train no parameter whose name, or that of a layer above it, a pattern matches; after `add_lora`, if both are.
 
     Args:
-        patterns: as `fnmatch` reads them, where * is also of several parts of a name: `blocks.[0-3]`, `*.qk_norm.*`,
+        patterns: as `fnmatch` reads them, where * is also of several parts of a name: `blocks.[0-3]`, `*.norm_?.*`,
             `*.bias`. Names are those of the model without adapters; a layer's adapters are frozen with it.
     Raises: UserError for a pattern that matches nothing.
-    Example: freeze(model, ["time_in", "blocks.[0-3]"])
+    Example: freeze(model, ["time", "blocks.[0-3]"])
     """
     above: dict[str, list[str]] = {}
     for name, _ in model.named_parameters():
