@@ -138,7 +138,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         matched = [name for name, every in above.items() if any(fnmatchcase(one, pattern) for one in every)]
         if not matched:
-            near = difflib.get_close_matches(pattern.strip("*."), names, n=3, cutoff=0.4) or names
+            near = difflib.get_close_matches(pattern.strip("*."), names, n=3, cutoff=0.4)
+            near = near or list(dict.fromkeys(name.partition(".")[0] for name in names))
             raise UserError(
                 f"freeze: no parameter or layer is called '{pattern}'; the nearest are {', '.join(near[:8])}"
             )
