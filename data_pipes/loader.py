@@ -22,8 +22,8 @@ from ..models.cameras import Cameras
 from .raw_sample import NORMAL_SCALE, decode_depth, decode_field, decode_json, decode_surface, decode_webp
 from .shards import ShardFolder
 
-PARTS = ("surface", "field", "albedo", "lit", "depth", "cameras")
-_VIEW_PREFIX = {"albedo": "view_", "lit": "lit_"}
+PARTS = ("surface", "field", "albedo", "lit", "pictures", "depth", "cameras")
+_VIEW_PREFIX = {"albedo": "view_", "lit": "lit_", "pictures": "lit_"}
 _ORDER_KEY = 0x6F72646572  # sets the order's random numbers apart from the samples'
 
 Sample_co = TypeVar("Sample_co", covariant=True)
@@ -39,6 +39,7 @@ class RawSample:
         meta: the json member.
         stored: arrays as in raw_sample.py, under "surface.xyz", "field.sdf", "lit", ...
         cameras: of the views, if asked for.
+        pictures: the lit views as they are stored, WebP, if asked for.
     What was not asked for is None.
     """
 
@@ -47,6 +48,7 @@ class RawSample:
     meta: dict[str, Any]
     stored: dict[str, np.ndarray]
     cameras: Cameras | None = None
+    pictures: tuple[bytes, ...] | None = None
 
     @property
     def captions(self) -> list[str]:
@@ -150,14 +152,16 @@ class RawDataset:
         cache_bytes: int = 2 << 30,
     ) -> None:
         self.shards = folder if isinstance(folder, ShardFolder) else ShardFolder(folder)
-        self.indices = self.shards.select(split)
+        self.shards.refuse_unknown(split)
+        self.indices = self.shards.where(split)
         self.parts = tuple(parts)
         if unknown := set(self.parts) - set(PARTS):
             raise ValueError(f"part {min(unknown)!r} is not one of {', '.join(PARTS)}")
-        if not self.indices:
+        if not len(self.indices):
             raise UserError(f"{self.shards.folder} holds no samples")
         for part in self.parts:
-            self._suffixes(self.indices[0], part)
+            if not self.shards.has(_member(part)):
+                self._suffixes(int(self.indices[0]), part)  # which says so
         self._room = cache_bytes
         self._kept: dict[int, RawSample] = {}
 
@@ -167,8 +171,9 @@ class RawDataset:
     def __getitem__(self, i: int) -> RawSample:
         sample = self._kept.get(i)
         if sample is None:
-            sample = self._decode(self.indices[i])
-            size = sum(array.nbytes for array in sample.stored.values()) + 4096  # json and cameras, roughly
+            sample = self._decode(int(self.indices[i]))
+            size = sum(array.nbytes for array in sample.stored.values()) + sum(map(len, sample.pictures or ()))
+            size += 4096  # json and cameras, roughly
             if size <= self._room:
                 self._room -= size
                 self._kept[i] = sample
@@ -176,25 +181,23 @@ class RawDataset:
 
     def _suffixes(self, index: int, part: str) -> list[str]:
         """Members that hold a part of a sample."""
-        if part in _VIEW_PREFIX:
-            names = [name for name in self.shards.suffixes(index) if name.startswith(_VIEW_PREFIX[part])]
-        else:
-            name = "cameras.json" if part == "cameras" else f"{part}.npz"
-            names = [name] if name in self.shards.suffixes(index) else []
+        names = [name for name in self.shards.suffixes(index) if name.startswith(_member(part))]
         if not names:
-            raise UserError(f"{self.shards.uids[index]} in {self.shards.folder} has no {part}: build it with that part")
+            raise UserError(f"{self.shards.uid(index)} in {self.shards.folder} has no {part}: build it with that part")
         return names
 
     def _decode(self, index: int) -> RawSample:
-        uid = self.shards.uids[index]
+        uid = self.shards.uid(index)
         names = {part: self._suffixes(index, part) for part in self.parts}
         members = self.shards.read(index, ["json", *(name for of_part in names.values() for name in of_part)])
         stored: dict[str, np.ndarray] = {}
-        cameras = None
+        cameras = pictures = None
         for part, of_part in names.items():
             data, what = members[of_part[0]], f"{uid}.{of_part[0]}"
             if part == "cameras":
                 cameras = _cameras(decode_json(data, what), what)
+            elif part == "pictures":
+                pictures = tuple(members[name] for name in of_part)
             elif part in _VIEW_PREFIX:
                 stored[part] = np.stack([decode_webp(members[name], f"{uid}.{name}") for name in of_part])
             elif part == "depth":
@@ -202,7 +205,12 @@ class RawDataset:
             else:
                 arrays = (decode_surface if part == "surface" else decode_field)(data, what)
                 stored |= {f"{part}.{name}": array for name, array in arrays.items()}
-        return RawSample(uid, index, decode_json(members["json"], f"{uid}.json"), stored, cameras)
+        return RawSample(uid, index, decode_json(members["json"], f"{uid}.json"), stored, cameras, pictures)
+
+
+def _member(part: str) -> str:
+    """How the names of a part's members begin."""
+    return _VIEW_PREFIX.get(part) or ("cameras.json" if part == "cameras" else f"{part}.npz")
 
 
 def _cameras(fields: dict[str, Any], what: str) -> Cameras:

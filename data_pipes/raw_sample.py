@@ -18,7 +18,7 @@ import zipfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import UserError
 from ..files import canonical_json
@@ -74,6 +74,8 @@ def decode_webp(data: bytes, what: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=["WEBP"]) as image:
             return np.array(image.convert("RGBA"))
+    except UnidentifiedImageError:  # its text has an address in memory, another each time
+        raise UserError(f"{what} is not a WebP image: delete its shard and build it again") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{what} is not a WebP image ({error}): delete its shard and build it again") from None
 

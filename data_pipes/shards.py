@@ -5,6 +5,7 @@ A folder of shards holds
     manifest.json             format, settings and their hash, shard list with sha256, counts
     shard-00000.tar           members {uid}.{suffix}, read in order by plain `webdataset`
     shard-00000.index.json    where each member lies, so that one sample is one seek away
+    index.bin                 all of these in a form that opens at once (index.py)
 
 A shard counts as finished once its index exists: the tar is renamed into place first, the index last. The manifest
 exists from the start with "complete": false, so that a killed run is told from a finished one and may go on.
@@ -21,17 +22,21 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import UserError
 from ..files import ASIDE, read_json, sha256_file, sha256_json, write_atomic, write_json
+from .index import INDEX, Index
 from .raw_sample import decode_json, encode_raw_sample
 
 __all__ = [
     "LATENT_FORMAT",
+    "MANIFEST",
     "RAW_FORMAT",
     "ShardFolder",
     "ShardInfo",
@@ -188,7 +193,13 @@ def write_manifest(
         settings: JSON-able; everything that the bytes depend on, and nothing else (no paths, no worker count).
         counts: for people, e.g. {"samples": 3, "train": 2, "val": 1}.
         extra: more keys.
+    Raises: UserError if two samples have one uid.
     """
+    shards, kept = list(shards), None
+    if complete:
+        index = _folder_index(Path(out), [asdict(shard) for shard in shards])
+        _refuse_twins(Path(out), index)
+        kept = index.write(Path(out) / INDEX)
     manifest = {
         "format": format,
         "complete": complete,
@@ -196,6 +207,7 @@ def write_manifest(
         "settings_hash": sha256_json(settings),
         "counts": counts,
         **(extra or {}),
+        **({"index": kept} if kept else {}),
         "shards": [asdict(shard) for shard in shards],
     }
     write_json(Path(out) / MANIFEST, manifest)
@@ -209,6 +221,8 @@ def _first_difference(old: Any, new: dict[str, Any]) -> str:
     old = old if isinstance(old, dict) else {}
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
+            if key.endswith("_hash"):
+                return f"{'other raw data' if key == 'raw_hash' else 'another ' + key.removesuffix('_hash')}"
             return f"{key} {old.get(key)!r} there, {new.get(key)!r} asked"
     return "its settings are damaged"
 
@@ -228,18 +242,22 @@ class ShardFolder:
     def __init__(self, folder: str | Path, format: str = RAW_FORMAT) -> None:
         self.folder = Path(folder)
         self.manifest = self._read_manifest(format)
-        self.uids: list[str] = []
-        self._splits: list[str] = []
-        self._members: list[dict[str, tuple[int, int]]] = []
-        self._starts: list[int] = []  # index of each shard's first sample
         for shard in self.manifest["shards"]:
-            self._add(shard)
-        self._index_of = {uid: i for i, uid in enumerate(self.uids)}
-        if len(self._index_of) != len(self.uids):
-            raise UserError(f"{self.folder} holds a uid twice: build it again")
+            self._check(shard)
+        self._index = self._open_index()
+        # Index of each shard's first sample.
+        self._starts = np.cumsum([0, *(shard["samples"] for shard in self.manifest["shards"])])[:-1].tolist()
 
     def __len__(self) -> int:
-        return len(self.uids)
+        return len(self._index)
+
+    @property
+    def uids(self) -> list[str]:
+        """Of all samples in order: made when first asked for, a list of Python strings; `uid` is one alone."""
+        return self._index.uids
+
+    def uid(self, index: int) -> str:
+        return self._index.uid[index].decode()
 
     @property
     def hash(self) -> str:
@@ -247,50 +265,71 @@ class ShardFolder:
         return sha256_json([self.manifest["settings"], [shard["sha256"] for shard in self.manifest["shards"]]])
 
     def splits(self, uid_or_index: str | int) -> str:
-        return self._splits[self._index(uid_or_index)]
+        return self._index.splits[self._index.split[self._number(uid_or_index)]]
 
-    def select(self, split: str | Iterable[str] | None = None) -> list[int]:
+    def split_names(self) -> list[str]:
+        """The splits that samples have, sorted."""
+        return sorted(self._index.splits)
+
+    def where(self, split: str | Collection[str] | None = None) -> np.ndarray:
+        """As `select`, an array int64 [n]; of no samples for a split that none has."""
+        if split is None:
+            return np.arange(len(self))
+        wanted = {split} if isinstance(split, str) else set(split)
+        numbers = [number for number, name in enumerate(self._index.splits) if name in wanted]
+        return np.flatnonzero(np.isin(self._index.split, numbers))
+
+    def select(self, split: str | Collection[str] | None = None) -> list[int]:
         """Indices of the samples of a split, of several, or of all.
 
         Raises: UserError for a split that no sample has.
         """
-        if split is None:
-            return list(range(len(self)))
-        wanted = {split} if isinstance(split, str) else set(split)
-        if unknown := wanted - set(self._splits):
-            raise UserError(
-                f"{self.folder} has no split '{min(unknown)}'; it has {', '.join(sorted(set(self._splits)))}"
-            )
-        return [i for i, name in enumerate(self._splits) if name in wanted]
+        self.refuse_unknown(split)
+        return self.where(split).tolist()
+
+    def refuse_unknown(self, split: str | Collection[str] | None) -> None:
+        """Raises UserError for a split that no sample has."""
+        wanted = {split} if isinstance(split, str) else set(split or ())
+        if unknown := wanted - set(self._index.splits):
+            raise UserError(f"{self.folder} has no split '{min(unknown)}'; it has {', '.join(self.split_names())}")
+
+    def has(self, start: str) -> bool:
+        """Whether any sample has a member whose name starts so."""
+        return any(name.startswith(start) for names in self._index.layouts for name in names)
 
     def suffixes(self, uid_or_index: str | int) -> list[str]:
         """Names of the sample's members, in the order they were written."""
-        return list(self._members[self._index(uid_or_index)])
+        return list(self._index.layouts[self._index.layout[self._number(uid_or_index)]])
+
+    def sizes(self, uid_or_index: str | int) -> dict[str, int]:
+        """Bytes of the sample's members, by name."""
+        places = self._index.places(self._number(uid_or_index))
+        return {name: size for name, (_, size) in places.items()}
 
     def read(self, uid_or_index: str | int, suffixes: Iterable[str] | None = None) -> dict[str, bytes]:
         """Bytes of the asked members (all by default).
 
         Raises: UserError for a member that the sample lacks, and where the shard ends early.
         """
-        index = self._index(uid_or_index)
-        places = self._members[index]
+        index = self._number(uid_or_index)
+        places = self._index.places(index)
         shard = self._shard(index)
         found = {}
         with open(shard, "rb") as file:
             for suffix in places if suffixes is None else suffixes:
                 if suffix not in places:
-                    raise UserError(f"{self.uids[index]} in {shard} has no {suffix}: build it with that part")
+                    raise UserError(f"{self.uid(index)} in {shard} has no {suffix}: build it with that part")
                 offset, size = places[suffix]
                 file.seek(offset)
                 found[suffix] = file.read(size)
                 if len(found[suffix]) != size:
-                    raise UserError(f"shard {shard} ends inside {self.uids[index]}.{suffix}: build it again")
+                    raise UserError(f"shard {shard} ends inside {self.uid(index)}.{suffix}: build it again")
         return found
 
     def read_json(self, uid_or_index: str | int, suffix: str = "json") -> dict[str, Any]:
         """One of the sample's json members."""
-        index = self._index(uid_or_index)
-        return decode_json(self.read(index, [suffix])[suffix], f"{self.uids[index]}.{suffix} in {self._shard(index)}")
+        index = self._number(uid_or_index)
+        return decode_json(self.read(index, [suffix])[suffix], f"{self.uid(index)}.{suffix} in {self._shard(index)}")
 
     def verify(self) -> None:
         """Read every byte and compare with the manifest. Raises UserError naming the first shard that differs."""
@@ -314,38 +353,63 @@ class ShardFolder:
             raise UserError(f"{self.folder} is unfinished: run the command that makes it again, it will go on")
         return manifest
 
-    def _add(self, shard: dict[str, Any]) -> None:
-        """Check one shard against the manifest and take in its index."""
+    def _check(self, shard: dict[str, Any]) -> None:
+        """Check that a shard is there and whole."""
         if not isinstance(shard, dict) or not {"name", "bytes", "sha256", "samples"} <= shard.keys():
             raise UserError(f"{self.folder / MANIFEST}: an entry of 'shards' lacks name, samples, bytes or sha256")
         path = self.folder / Path(str(shard["name"])).name  # a name with ../ in it cannot leave the folder
-        if not path.is_file():
-            raise UserError(f"shard {path} is missing: run the command that makes it again")
-        size = path.stat().st_size
+        try:
+            size = path.stat().st_size
+        except OSError:
+            raise UserError(f"shard {path} is missing: run the command that makes it again") from None
         if size != shard["bytes"]:
             raise UserError(
                 f"shard {path} is {size} bytes, its manifest says {shard['bytes']}: delete it and build it again"
             )
-        index = read_json(index_path(path), "the shard index")
-        try:
-            if index["sha256"] != shard["sha256"]:
-                raise UserError(f"{index_path(path)} belongs to another shard: delete both and build them again")
-            members, splits = index["members"], index["splits"]
-            self._starts.append(len(self.uids))
-            self.uids += members
-            self._members += members.values()
-            self._splits += [splits[uid] for uid in members]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index_path(path)} is damaged ({error!r}): delete it and build the shard again") from None
 
-    def _index(self, uid_or_index: str | int) -> int:
+    def _open_index(self) -> Index:
+        """The folder's index; put together from the shards' where there is none, as before there was one."""
+        shards = self.manifest["shards"]
+        try:
+            index = Index.read(self.folder / INDEX, self.manifest["index"])
+            if len(index) == sum(shard["samples"] for shard in shards):
+                return index
+        except (OSError, KeyError, TypeError, ValueError):
+            pass
+        index = _folder_index(self.folder, shards)
+        _refuse_twins(self.folder, index)
+        return index
+
+    def _number(self, uid_or_index: str | int) -> int:
         if isinstance(uid_or_index, str):
-            if uid_or_index not in self._index_of:
+            if uid_or_index not in self._index.by_uid:
                 raise UserError(f"{self.folder} has no sample '{uid_or_index}'")
-            return self._index_of[uid_or_index]
+            return self._index.by_uid[uid_or_index]
         return int(uid_or_index)
 
     def _shard(self, index: int) -> Path:
         """The shard that holds a sample."""
         number = bisect.bisect_right(self._starts, index) - 1
         return self.folder / Path(self.manifest["shards"][number]["name"]).name
+
+
+def _folder_index(folder: Path, shards: list[dict[str, Any]]) -> Index:
+    """From each shard's index.json. Raises UserError for one that is missing, damaged or of another shard."""
+
+    def part(shard: dict[str, Any]) -> Index:
+        path = index_path(folder / Path(str(shard["name"])).name)
+        contents = read_json(path, "the shard index")
+        try:
+            belongs, index = contents["sha256"] == shard["sha256"], Index.of_shard(contents)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error!r}): delete it and build the shard again") from None
+        if not belongs or len(index) != shard["samples"]:
+            raise UserError(f"{path} belongs to another shard: delete both and build them again")
+        return index
+
+    return Index.joined(map(part, shards))
+
+
+def _refuse_twins(folder: Path, index: Index) -> None:
+    if len(np.unique(index.uid)) != len(index):
+        raise UserError(f"{folder} holds a uid twice: build it again")

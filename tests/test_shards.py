@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from shapeloom.data_pipes import raw_sample
+from shapeloom.data_pipes.index import INDEX
 from shapeloom.data_pipes.shards import (
     RAW_FORMAT,
     ShardFolder,
@@ -186,6 +187,7 @@ def test_a_flipped_bit_is_found(folder: Path) -> None:
 
 
 def test_a_missing_shard_or_index_is_named(folder: Path) -> None:
+    (folder / INDEX).unlink()  # a shard's own index is needed only then
     index_path(folder / "shard-00000.tar").unlink()
     with pytest.raises(UserError, match=r"shard-00000\.index\.json does not exist"):
         ShardFolder(folder)
@@ -195,10 +197,63 @@ def test_a_missing_shard_or_index_is_named(folder: Path) -> None:
 
 
 def test_an_index_of_another_shard_is_refused(folder: Path) -> None:
+    (folder / INDEX).unlink()
     index = index_path(folder / "shard-00000.tar")
     index.write_text(index.read_text().replace('"sha256":"', '"sha256":"f00'))
     with pytest.raises(UserError, match="belongs to another shard"):
         ShardFolder(folder)
+
+
+def everything(shards: ShardFolder) -> list:
+    return [(uid, shards.splits(i), shards.suffixes(i), shards.read(uid)) for i, uid in enumerate(shards.uids)]
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut", "of another folder", "not listed"])
+def test_without_the_index_of_the_folder_those_of_the_shards_do(tmp_path: Path, harm: str) -> None:
+    """One shard has a sample with fewer members, and one more split, than the others."""
+    begin_folder(tmp_path / "raw", format=RAW_FORMAT, settings=SETTINGS)
+    infos = []
+    for number, uids in enumerate((("b", "a"), ("c-1", "much-longer"))):
+        with ShardWriter(tmp_path / "raw" / f"shard-{number:05d}.tar") as writer:
+            for uid in uids:
+                members = sample(uid)
+                if uid == "c-1":
+                    del members["depth.npz"]
+                writer.write(uid, members, "rare" if uid == "a" else "train")
+        infos.append(writer.info)
+    write_manifest(tmp_path / "raw", format=RAW_FORMAT, settings=SETTINGS, shards=infos, counts={})
+    before = everything(ShardFolder(tmp_path / "raw"))
+    assert [names.count("depth.npz") for _, _, names, _ in before] == [1, 1, 0, 1]
+    assert [split for _, split, *_ in before] == ["train", "rare", "train", "train"]
+    path, manifest = tmp_path / "raw" / INDEX, tmp_path / "raw" / "manifest.json"
+    if harm == "missing":
+        path.unlink()
+    elif harm == "cut":
+        path.write_bytes(path.read_bytes()[:-8])
+    elif harm == "of another folder":
+        write_folder(tmp_path / "other")
+        path.write_bytes((tmp_path / "other" / INDEX).read_bytes())
+    else:
+        fields = json.loads(manifest.read_text())
+        del fields["index"]
+        manifest.write_text(json.dumps(fields))
+    assert everything(ShardFolder(tmp_path / "raw")) == before
+
+
+def test_opening_reads_no_index_of_a_shard(folder: Path) -> None:
+    before = everything(ShardFolder(folder))
+    for path in folder.glob("*.index.json"):
+        path.unlink()
+    shards = ShardFolder(folder)
+    assert everything(shards) == before and shards.uid(3) == "d_2"
+    assert shards.sizes("a") == {name: len(data) for name, data in sample("a").items()}
+    assert shards.has("view_") and not shards.has("latent")
+    assert shards.where("nowhere").tolist() == [] and shards.where().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_uid_in_two_shards_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds a uid twice"):
+        write_folder(tmp_path / "raw", (("a", "b"), ("c", "a")))
 
 
 def test_wrong_folders_are_refused(tmp_path: Path, folder: Path) -> None:

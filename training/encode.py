@@ -2,39 +2,56 @@
 
     accelerate launch -m shapeloom.training.encode --preset tiny --data raw/ --out latents/ \
         autoencoder=runs/autoencoder/autoencoder clip=runs/clip/clip
+
+Shard k is rank k mod N's work, from the k-th `shard_size` raw samples. Ranks exchange nothing: each renames finished
+shards into place, and what is not there is done at the next start. Rank 0 begins the folder, and writes the manifest
+once all shards are there. So neither the number of ranks nor a kill changes a byte of what is written.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from accelerate import Accelerator
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from ..checkpoints.clip import load_clip
 from ..checkpoints.folders import class_of, load_model_folder, publish_model
 from ..checkpoints.pipeline import load_conditioner
 from ..config import Config
-from ..data_pipes.encoder_inputs import surface_features, view_arrays
-from ..data_pipes.latents import LatentSample, encode_latent_sample
+from ..data_pipes.latents import LatentSums, encode_latent_sample
 from ..data_pipes.loader import RawDataset, RawSample
-from ..data_pipes.render import composite
-from ..data_pipes.shards import LATENT_FORMAT, ShardInfo, ShardWriter, begin_folder, finished_shard, write_manifest
+from ..data_pipes.shards import (
+    LATENT_FORMAT,
+    MANIFEST,
+    ShardFolder,
+    ShardInfo,
+    ShardWriter,
+    begin_folder,
+    finished_shard,
+    write_manifest,
+)
 from ..errors import UserError
-from ..files import read_json, write_atomic, write_json
+from ..files import ASIDE, canonical_json, read_json, write_atomic, write_json
 from ..models.autoencoder import Autoencoder
-from ..models.conditioner import Conditioner
 from ..models.hashing import weights_hash
-from ..models.transformers_clip import TransformersConditioner
 from ..progress import track
-from .batch import stacked, view_inputs
+from .encode_assets import Encoder, Shapes, common_shapes, cost
+from .features import AnyConditioner, reads
+from .launch import say
+from .ranks import Ranks
 
 __all__ = ["EncodeRun", "run"]
 
-AnyConditioner = Conditioner | TransformersConditioner
+POLL_S = 0.5
+NO_PART_OF_THE_BYTES = {"data", "out", "autoencoder", "clip", "cpu", "timeout_minutes"}
 
 
 class EncodeRun(Config):
@@ -42,49 +59,108 @@ class EncodeRun(Config):
     out: str = ""
     autoencoder: str = ""  # folder of the trained autoencoder, or a pipeline's autoencoder/
     clip: str = ""  # the conditioner: folder or name of an open_clip model, or a pipeline's conditioner/
-    n_surface: int = 2048  # surface points encoded, the first of each sample
-    n_posed_views: int = 20  # views encoded beside them by an autoencoder that reads views, the first of each sample
-    n_views: int = 4  # views whose image features are kept
-    n_captions: int = 4  # captions whose text features are kept
-    batch_size: int = 32
-    shard_size: int = 512  # samples a shard; a restart loses at most one shard a rank
+    # cached: the conditioner's features are stored. computed: captions and pictures are, and training computes what it
+    # needs of them; for data whose features would not fit the disk.
+    features: Literal["cached", "computed"] = "cached"
+    n_surface: PositiveInt = 2048  # surface points encoded, the first of each sample
+    n_posed_views: NonNegativeInt = 20  # views encoded beside them by an autoencoder that reads views, the first ones
+    n_views: NonNegativeInt = 4  # views to condition on; 0 for none
+    n_captions: NonNegativeInt = 4  # captions to condition on; 0 for none
+    batch_size: PositiveInt = 32
+    shard_size: PositiveInt = 512  # samples a shard; a restart loses at most one shard a rank
+    timeout_minutes: float = Field(default=30.0, gt=0)  # rank 0 waits so long for a rank that writes nothing
     cpu: bool = False
 
 
+@dataclass(frozen=True)
+class Job:
+    """All that a rank needs to make any shard of the folder."""
+
+    config: EncodeRun
+    data: RawDataset
+    encoder: Encoder
+    shapes: Shapes
+    settings: dict[str, Any]
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def n_shards(self) -> int:
+        return -(-len(self.data) // self.config.shard_size)
+
+    def shard(self, k: int) -> Path:
+        return self.out / f"shard-{k:05d}.tar"
+
+    def part(self, k: int) -> Path:
+        """What a shard adds to the folder's statistics, and which assets it left out."""
+        return self.out / f"shard-{k:05d}.sums.json"
+
+    def is_finished(self, k: int) -> bool:
+        return self.part(k).is_file() and finished_shard(self.shard(k)) is not None
+
+
 def run(config: EncodeRun, *, resume: str = "auto") -> None:
-    """Write the latent folder `config.out`; `resume` is always automatic, finished shards are kept."""
+    """Write the latent folder `config.out`; `resume` is always automatic, finished shards are kept.
+
+    Raises: UserError for models or data that do not fit, for an output folder of other latents, and on rank 0 when
+        another rank stopped without finishing its share.
+    """
+    ranks = Ranks.here()
+    job = prepare(config, ranks.device(config.cpu))
+    claim(job, ranks)
+    mine = [k for k in range(ranks.rank, job.n_shards, ranks.world) if not job.is_finished(k)]
+    if ranks.rank == 0:
+        say(cost(job.encoder, job.data, job.shapes, job.out))
+    for k in track(mine, description="encode") if ranks.rank == 0 else mine:
+        write_shard(job, k)
+    if ranks.rank == 0:
+        await_shards(job, ranks)
+        say(finish(job))
+
+
+# --- before the first shard ------------------------------------------------------------------------------------------
+
+
+def prepare(config: EncodeRun, device: torch.device) -> Job:
     for name in ("autoencoder", "clip"):
         if not getattr(config, name):
             raise UserError(f"encode needs {name}=FOLDER, the {name} to encode with")
-    accelerator = Accelerator(cpu=config.cpu or not torch.cuda.is_available())
-    autoencoder = load_encoder(config.autoencoder).to(accelerator.device)
-    conditioner = load_features(config.clip).to(accelerator.device)
-    reads_views = bool(autoencoder.config.patch_size and config.n_posed_views)
-    parts = ("surface", "lit", *(("albedo", "depth", "cameras") if reads_views else ()))
-    data = RawDataset(config.data, parts=parts, cache_bytes=0)
-    check_sample(data[0], autoencoder, config)
-    out = Path(config.out)
+    autoencoder = load_encoder(config.autoencoder).to(device)
+    conditioner = load_features(config.clip).to(device)
+    encoder = Encoder(
+        autoencoder,
+        conditioner,
+        features=config.features,
+        n_surface=config.n_surface,
+        n_posed_views=config.n_posed_views if autoencoder.config.patch_size else 0,
+        n_captions=config.n_captions if reads(conditioner, "text") else 0,
+        n_views=config.n_views if reads(conditioner, "image") else 0,
+    )
+    if not encoder.n_captions and not encoder.n_views:
+        raise UserError(
+            f"clip={config.clip}: with n_captions={config.n_captions} and n_views={config.n_views} there is "
+            "nothing to condition on; raise the one that this conditioner reads"
+        )
+    shards = ShardFolder(config.data)
+    if encoder.n_views and not shards.has("lit_"):
+        raise UserError(
+            f"{config.data} has no lit views to take image features of: build it with n_views=4, or encode with "
+            "n_views=0 for text alone"
+        )
+    data = RawDataset(shards, parts=encoder.parts, cache_bytes=0)
+    shapes = common_shapes(encoder, data)
+    check_shapes(shapes, autoencoder, config)
     settings = {
-        **config.model_dump(exclude={"data", "out", "autoencoder", "clip", "cpu"}),
-        "raw_hash": data.shards.hash,
+        **config.model_dump(exclude=NO_PART_OF_THE_BYTES),
+        "n_captions": encoder.n_captions,
+        "n_views": encoder.n_views,
+        "raw_hash": shards.hash,
         "autoencoder_hash": weights_hash(autoencoder),
         "conditioner_hash": conditioner.weights_hash,
     }
-    if accelerator.is_main_process:
-        begin_folder(out, format=LATENT_FORMAT, settings=settings)
-        publish_model(autoencoder, out / "autoencoder")
-        publish_model(conditioner, out / "conditioner")
-    accelerator.wait_for_everyone()
-    n_shards = -(-len(data) // config.shard_size)
-    mine = range(accelerator.process_index, n_shards, accelerator.num_processes)
-    for k in track(mine, description="encode") if accelerator.is_main_process else mine:
-        if finished_shard(out / f"shard-{k:05d}.tar") is None or not _sums_path(out, k).is_file():
-            chunk = range(k * config.shard_size, min((k + 1) * config.shard_size, len(data)))
-            write_shard(out, k, [data[i] for i in chunk], autoencoder, conditioner, config)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        finish(out, n_shards, settings)
-    accelerator.wait_for_everyone()
+    return Job(config, data, encoder, shapes, settings)
 
 
 def load_encoder(folder: str) -> Autoencoder:
@@ -98,16 +174,22 @@ def load_encoder(folder: str) -> Autoencoder:
     return autoencoder
 
 
-def check_sample(sample: RawSample, autoencoder: Autoencoder, config: EncodeRun) -> None:
+def load_features(source: str) -> AnyConditioner:
+    """What the denoiser is conditioned by: see `EncodeRun.clip`."""
+    folder = Path(source)
+    return load_conditioner(folder) if class_of(folder) else load_clip(source)
+
+
+def check_shapes(shapes: Shapes, autoencoder: Autoencoder, config: EncodeRun) -> None:
     """Refuse data that the autoencoder cannot read."""
     patch_size, n_centres = autoencoder.config.patch_size, autoencoder.config.n_centres
-    if sample.albedo is not None and any(side % patch_size for side in sample.albedo.shape[1:3]):
-        height, width = sample.albedo.shape[1:3]
+    if "unlit views" in shapes and any(side % patch_size for side in shapes["unlit views"][1:3]):
+        height, width = shapes["unlit views"][1:3]
         raise UserError(
             f"{config.data}: its views of {height} x {width} pixels do not divide into the autoencoder's patches of "
             f"{patch_size}: build it with an image_size that does, or encode with n_posed_views=0"
         )
-    n_points = min(config.n_surface, len(sample.stored["surface.xyz"]))
+    n_points = shapes["surface points"][0]
     if n_points < n_centres:
         raise UserError(
             f"the autoencoder reads neighbourhoods of {n_centres} surface points, and there are {n_points}: "
@@ -115,121 +197,137 @@ def check_sample(sample: RawSample, autoencoder: Autoencoder, config: EncodeRun)
         )
 
 
-def load_features(source: str) -> AnyConditioner:
-    """What the denoiser is conditioned by: see `EncodeRun.clip`."""
-    folder = Path(source)
-    return load_conditioner(folder) if class_of(folder) else load_clip(source)
+def claim(job: Job, ranks: Ranks) -> None:
+    """Begin the folder, with the models that make it, or find that rank 0 did. Raises UserError if it is another's."""
+    begin = partial(begin_folder, job.out, format=LATENT_FORMAT, settings=job.settings)
+    if ranks.rank == 0:
+        begin()
+        for name, model in (("autoencoder", job.encoder.autoencoder), ("conditioner", job.encoder.conditioner)):
+            if not (job.out / name).is_dir():
+                publish_model(model, job.out / name)
+        return
+    until = time.monotonic() + job.config.timeout_minutes * 60
+    while not (job.out / MANIFEST).is_file():
+        if time.monotonic() > until:
+            raise UserError(f"{job.out}: rank 0 has not begun the folder in {job.config.timeout_minutes:g} minutes")
+        time.sleep(POLL_S)
+    begin()
 
 
-def write_shard(
-    out: Path,
-    k: int,
-    samples: list[RawSample],
-    autoencoder: Autoencoder,
-    conditioner: AnyConditioner,
-    config: EncodeRun,
-) -> None:
-    """One shard and the sums its training latents add to the statistics. A bad asset is left out and reported."""
-    total_C = np.zeros(autoencoder.config.channels)
-    square_C, count, rejected = np.zeros_like(total_C), 0, []
-    # A shard's batches are the same whichever rank makes it, so its bytes are too.
-    latents = [
-        latent
-        for start in range(0, len(samples), config.batch_size)
-        for latent in encode_batch(samples[start : start + config.batch_size], autoencoder, conditioner, config)
-    ]
-    with ShardWriter(out / f"shard-{k:05d}.tar") as writer:
-        for sample, latent in zip(samples, latents, strict=True):
-            if not np.isfinite(latent.latent).all():
-                rejected.append(
-                    {"uid": sample.uid, "reason": "its latent is not finite", "hint": "look at its surface"}
-                )
-                continue
-            split = sample.meta["split"]
-            kept = ("uid", "captions", "split", "category", "spec", "swaps", "view_dependent")
-            meta = {name: sample.meta[name] for name in kept if name in sample.meta}
-            writer.write(sample.uid, encode_latent_sample(latent, meta), split)
-            if split == "train":
-                total_C += latent.latent.sum(0, dtype=np.float64)
-                square_C += np.square(latent.latent, dtype=np.float64).sum(0)
-                count += len(latent.latent)
-    sums = {"sum": total_C.tolist(), "square": square_C.tolist(), "count": count, "rejected": rejected}
-    write_json(_sums_path(out, k), sums)
+# --- a shard ---------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def encode_batch(
-    samples: list[RawSample], autoencoder: Autoencoder, conditioner: AnyConditioner, config: EncodeRun
-) -> list[LatentSample]:
-    """Latents and features of some assets, which may have different numbers of captions and views."""
-    z_BLC = encode_assets(samples, autoencoder, config)
-    texts = text_arrays([sample.captions[: config.n_captions] for sample in samples], conditioner)
-    images = image_arrays([sample.stored["lit"][: config.n_views] for sample in samples], conditioner)
-    return [
-        LatentSample(uid=sample.uid, latent=z_LC, **text, **image)
-        for sample, z_LC, text, image in zip(samples, z_BLC, texts, images, strict=True)
-    ]
+def write_shard(job: Job, k: int) -> None:
+    """One shard and its part; a bad asset is left out, with the reason.
+
+    A shard's batches are the same whichever rank makes it, so its bytes are too.
+    """
+    sums, rejected, samples = LatentSums(), [], 0
+    with ShardWriter(job.shard(k)) as writer:
+        for good, bad in batches(job, k):
+            rejected += bad
+            for sample, latent in zip(good, job.encoder(good)):
+                if isinstance(latent, str):
+                    rejected.append({"uid": sample.uid, "reason": latent, "hint": "look at its surface"})
+                    continue
+                kept = ("uid", "captions", "split", "category", "spec", "swaps", "view_dependent")
+                meta = {name: sample.meta[name] for name in kept if name in sample.meta}
+                writer.write(sample.uid, encode_latent_sample(latent, meta), meta["split"])
+                samples += 1
+                if meta["split"] == "train":
+                    sums.add(latent.latent)
+        # Before the shard is renamed into place: a finished shard always has its part.
+        write_json(job.part(k), {**vars(sums), "samples": samples, "rejected": rejected})
+    for row in rejected:
+        print(f"encode: {row['uid']} is left out: {row['reason']}", flush=True)
 
 
-def encode_assets(samples: list[RawSample], autoencoder: Autoencoder, config: EncodeRun) -> np.ndarray:
-    """Latents [B, L, C] of surface points and, where the autoencoder reads them, of posed views."""
-    n_centres = autoencoder.config.n_centres
-    surface_BN9 = np.stack([surface_features(s, slice(config.n_surface), n_centres=n_centres) for s in samples])
-    views = {}
-    if samples[0].albedo is not None:
-        views = stacked([view_arrays(sample, slice(config.n_posed_views)) for sample in samples], "views")
-    seen = view_inputs({name: value.to(autoencoder.device) for name, value in views.items()})
-    return autoencoder.encode(torch.from_numpy(surface_BN9).to(autoencoder.device), seen).float().cpu().numpy()
+def batches(job: Job, k: int) -> Iterator[tuple[list[RawSample], list[dict[str, str]]]]:
+    """A shard's samples by batches, and the rows of those that cannot be read; a thread reads one batch ahead."""
+    first, last = k * job.config.shard_size, min((k + 1) * job.config.shard_size, len(job.data))
+    starts = range(first, last, job.config.batch_size)
+
+    def read(start: int) -> tuple[list[RawSample], list[dict[str, str]]]:
+        good, bad = [], []
+        for i in range(start, min(start + job.config.batch_size, last)):
+            sample, reason = job.encoder.read(job.data, i, job.shapes)
+            if sample is not None:
+                good.append(sample)
+            else:
+                bad.append({"uid": job.data.shards.uid(i), "reason": reason, "hint": "build it again"})
+        return good, bad
+
+    with ThreadPoolExecutor(1, thread_name_prefix="encode") as thread:
+        ahead = thread.submit(read, starts[0])
+        for following in [*starts[1:], None]:
+            ready = ahead.result()
+            if following is not None:
+                ahead = thread.submit(read, following)
+            yield ready
 
 
-def text_arrays(captions: list[list[str]], conditioner: AnyConditioner) -> list[dict[str, np.ndarray]]:
-    """The text members of each sample; of no captions where there is no text tower."""
-    if isinstance(conditioner, TransformersConditioner) and conditioner.text is None:
-        nothing = {"text_tokens": np.zeros((0, 0, 0)), "text_lengths": np.zeros(0), "text_pooled": np.zeros((0, 0))}
-        return [nothing] * len(captions)
-    text = conditioner.encode_text([caption for row in captions for caption in row])
-    arrays = {"text_tokens": text.tokens, "text_lengths": text.mask.sum(-1), "text_pooled": text.pooled}
-    return per_sample(arrays, list(map(len, captions)))
+# --- after the last --------------------------------------------------------------------------------------------------
 
 
-def image_arrays(views: list[np.ndarray], conditioner: AnyConditioner) -> list[dict[str, np.ndarray]]:
-    """The image members of each sample; of no views where there is no image tower."""
-    if isinstance(conditioner, TransformersConditioner) and conditioner.vision is None:
-        return [{"image_tokens": np.zeros((0, 0, 0)), "image_pooled": np.zeros((0, 0))}] * len(views)
-    image = conditioner.encode_image(np.stack([composite(view) for of_sample in views for view in of_sample]))
-    return per_sample({"image_tokens": image.tokens, "image_pooled": image.pooled}, list(map(len, views)))
+def await_shards(job: Job, ranks: Ranks) -> None:
+    """Wait for the other ranks' shards, as long as any of them writes.
+
+    Raises: UserError naming the ranks that are missing, once none has written for `timeout_minutes`.
+    """
+    missing = [k for k in range(job.n_shards) if not job.is_finished(k)]
+    before, since = None, time.monotonic()
+    while missing:
+        if (now := (missing, half_written(job.out))) != before:
+            before, since = now, time.monotonic()
+        elif time.monotonic() - since > job.config.timeout_minutes * 60:
+            lost = sorted({k % ranks.world for k in missing})
+            raise UserError(
+                f"{job.out}: {len(missing)} shards are missing, and {'rank' if len(lost) == 1 else 'ranks'} "
+                f"{', '.join(map(str, lost))} wrote nothing for {job.config.timeout_minutes:g} minutes; run encode "
+                "again, it goes on"
+            )
+        time.sleep(POLL_S)
+        missing = [k for k in missing if not job.is_finished(k)]
 
 
-def per_sample(arrays: dict[str, torch.Tensor], counts: list[int]) -> list[dict[str, np.ndarray]]:
-    """Arrays over all captions (or views) cut into each sample's."""
-    parts = {name: array.cpu().split(counts) for name, array in arrays.items()}
-    return [{name: part[i].numpy() for name, part in parts.items()} for i in range(len(counts))]
+def half_written(out: Path) -> dict[str, int]:
+    """Bytes of the shards that are being written."""
+    sizes = {}
+    for path in out.glob(f"shard-*{ASIDE}*"):
+        with contextlib.suppress(OSError):  # it was renamed meanwhile
+            sizes[path.name] = path.stat().st_size
+    return sizes
 
 
-def finish(out: Path, n_shards: int, settings: dict[str, Any]) -> None:
-    """Merge the shards' sums into per-channel statistics and write the manifest."""
+def finish(job: Job) -> str:
+    """Merge the shards' sums into per-channel statistics and write the manifest; says what came of it."""
     shards: list[ShardInfo] = []
-    parts: list[dict[str, Any]] = []
-    for k in range(n_shards):
-        info = finished_shard(out / f"shard-{k:05d}.tar")
-        if info is None:
-            raise UserError(f"{out}/shard-{k:05d}.tar was not finished by its rank; run encode again, it goes on")
-        shards.append(info)
-        parts.append(read_json(_sums_path(out, k), "latent sums"))
-    count = sum(part["count"] for part in parts)
-    if count == 0:
-        raise UserError(f"{out}: there is no training sample to take statistics from")
-    mean_C = np.sum([part["sum"] for part in parts], axis=0) / count
-    variance_C = np.sum([part["square"] for part in parts], axis=0) / count - mean_C**2
-    rejected = [row for part in parts for row in part["rejected"]]
-    write_atomic(out / "rejected.jsonl", "".join(json.dumps(row) + "\n" for row in rejected))
-    statistics = {"latent_mean": mean_C.tolist(), "latent_std": np.sqrt(np.maximum(variance_C, 1e-8)).tolist()}
+    rejected: list[dict[str, str]] = []
+    sums = LatentSums()
+    for k in range(job.n_shards):
+        info, part = finished_shard(job.shard(k)), read_json(job.part(k), "latent sums")
+        if info is None or info.samples != part["samples"]:
+            raise UserError(f"{job.shard(k)} was changed while encode ran: delete it and run encode again, it goes on")
+        rejected += part["rejected"]
+        sums.merge(LatentSums(part["count"], part["total"], part["square"]))
+        if info.samples:
+            shards.append(info)
+    why = f"; the first that was left out, {rejected[0]['uid']}, because {rejected[0]['reason']}" if rejected else ""
+    if not sums.count:
+        raise UserError(f"{job.out}: there is no training sample to take statistics from{why}")
+    write_atomic(job.out / "rejected.jsonl", "".join(canonical_json(row) + "\n" for row in rejected))
+    mean_C, std_C = sums.mean_std()
     counts = {"samples": sum(shard.samples for shard in shards), "rejected": len(rejected)}
-    write_manifest(out, format=LATENT_FORMAT, settings=settings, shards=shards, counts=counts, extra=statistics)
-
-
-def _sums_path(out: Path, k: int) -> Path:
-    return out / f"shard-{k:05d}.sums.json"
+    write_manifest(
+        job.out,
+        format=LATENT_FORMAT,
+        settings=job.settings,
+        shards=shards,
+        counts=counts,
+        extra={"latent_mean": mean_C, "latent_std": std_C},
+    )
+    left_out = f", {len(rejected)} left out (see {job.out / 'rejected.jsonl'})" if rejected else ""
+    return f"encode: {counts['samples']:,} assets in {job.out}{left_out}"
 
 
 if __name__ == "__main__":

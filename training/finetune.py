@@ -1,8 +1,10 @@
-"""Training that goes on from a pipeline folder: its denoiser and schedule, and adapters (LoRA) of low rank on it."""
+"""Training that goes on from a pipeline folder: its denoiser and schedule, adapters (LoRA), parameters left frozen."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from ..errors import UserError
 from ..files import read_json
 from ..models.denoiser import Denoiser
 
-__all__ = ["LoraConfig", "add_lora", "check_latents", "load_start", "merged", "settings_of"]
+__all__ = ["LoraConfig", "add_lora", "check_latents", "freeze", "load_start", "merged", "settings_of"]
 
 ADAPTER = "default"
 READ_DIRECTLY = ("latent_out",)  # the model multiplies with their weights itself, past any adapter
@@ -117,6 +119,32 @@ def add_lora(model: nn.Module, lora: LoraConfig) -> None:
         above = [".".join(parts[: i + 1]) for i in range(len(parts))]
         if any(_ends_with(one, wanted) for one in above for wanted in lora.train):
             parameter.requires_grad_(True)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Train no parameter whose name, or that of a layer above it, a pattern matches; after `add_lora`, if both are.
+
+    Args:
+        patterns: as `fnmatch` reads them, where * is also of several parts of a name: `blocks.[0-3]`, `*.norm_?.*`,
+            `*.bias`. Names are those of the model without adapters; a layer's adapters are frozen with it.
+    Raises: UserError for a pattern that matches nothing.
+    Example: freeze(model, ["time", "blocks.[0-3]"])
+    """
+    above: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        parts = name.replace(".base_layer.", ".").split(".")
+        above[name] = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    names = list(dict.fromkeys(name for every in above.values() for name in every if ".lora_" not in name))
+    for pattern in patterns:
+        matched = [name for name, every in above.items() if any(fnmatchcase(one, pattern) for one in every)]
+        if not matched:
+            near = difflib.get_close_matches(pattern.strip("*."), names, n=3, cutoff=0.4)
+            near = near or list(dict.fromkeys(name.partition(".")[0] for name in names))
+            raise UserError(
+                f"freeze: no parameter or layer is called '{pattern}'; the nearest are {', '.join(near[:8])}"
+            )
+        for name in matched:
+            model.get_parameter(name).requires_grad_(False)
 
 
 def merged(model: Denoiser) -> Denoiser:
