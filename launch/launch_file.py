@@ -96,7 +96,7 @@ def _layout(path: Path, config: ClusterConfig) -> Layout:
         return "fsdp2"
     if kind == DistributedType.DEEPSPEED:
         if "deepspeed_config_file" in config.deepspeed_config:
-            raise UserError(f"accelerate file {path}: leave deepspeed_config_file out and give zero_stage, as zero2.yaml")
+            raise UserError(f"accelerate file {path}: leave deepspeed_config_file out, give zero_stage")
         stage = config.deepspeed_config.get("zero_stage", 2)
         layouts: dict[Any, Layout] = {1: "zero1", 2: "zero2", 3: "zero3"}
         if stage not in layouts:
@@ -123,5 +123,5 @@ def environment(file: LaunchFile) -> dict[str, str]:
     else:
         arguments.use_fsdp = file.layout == "fsdp2"
         env = prepare_multi_gpu_env(arguments)
-    ours = ("ACCELERATE_", "FSDP_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")  # the rest numbers ranks, or pins threads
+    ours = ("ACCELERATE_", "FSDP_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")  # others number ranks or pin threads
     return {name: value for name, value in env.items() if name.startswith(ours)}
