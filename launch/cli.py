@@ -249,6 +249,40 @@ def train_denoiser(
 
 
 @app.command(
+    epilog="Example: shapeloom plan --preset small --accelerate launch/accelerate/ddp.yaml --device-tflops 100"
+)
+def plan(
+    preset: Annotated[str, typer.Option(help="A preset's name, or a YAML file of that form.")],
+    accelerate: Annotated[Path, typer.Option(help="The file for accelerate launch --config_file.")],
+    stage: Annotated[str, typer.Option(help="What is trained.")] = "denoiser",
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes on all machines.", show_default="the file's num_processes")
+    ] = None,
+    device_tflops: Annotated[
+        float, typer.Option(min=0.0, help="Operations a device really does a second, in 1e12: peak times utilisation.")
+    ] = 0.0,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="To train on, repeats counted.", show_default="the run's steps")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Say what a training will take, in memory of a rank, operations and time, without starting it."""
+    from .plan import make_plan, show
+
+    made = make_plan(
+        preset,
+        accelerate,
+        stage=stage,
+        ranks=ranks,
+        device_tflops=device_tflops,
+        samples=samples,
+        overrides=overrides,
+    )
+    print(json.dumps(made.to_dict()) if as_json else show(made))
+
+
+@app.command(
     epilog="Example: shapeloom encode --data raw/ --out latents/ autoencoder=runs/ae/autoencoder clip=runs/clip/clip"
 )
 def encode(
