@@ -32,10 +32,14 @@ class TextFeatures:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """tokens_BSE of the last block's grid (row by row), pooled_BP of unit norm."""
+    """tokens_BSE of the last block's grid (row by row), pooled_BP of unit norm.
+
+    Of several views: [B, V, S, E] and [B, V, P], and views_BV, True at those there are.
+    """
 
     tokens: torch.Tensor
     pooled: torch.Tensor
+    views: torch.Tensor | None = None
 
 
 class Conditioner(ModelMixin, ConfigMixin):

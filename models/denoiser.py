@@ -1,6 +1,7 @@
 """The latent diffusion transformer (Shap-E §3.2; DiT), under text and image conditioning.
 
-Shapes: B batch, L latent tokens, C latent channels, D width, T text tokens, S image tokens, E embedding width.
+Shapes: B batch, L latent tokens, C latent channels, D width, T text tokens, V views, S image tokens of a view,
+E embedding width, P pooled width.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .transformer import Block
 
-__all__ = ["CONDITIONS", "SHAP_E", "Condition", "Denoiser", "timestep_embedding"]
+__all__ = ["CONDITIONS", "SHAP_E", "Condition", "Denoiser", "PredictionName", "timestep_embedding"]
+
+PredictionName = Literal["flow", "sample", "v", "epsilon"]
 
 CONDITIONS = ("text_pooled", "image_pooled", "text_tokens", "image_tokens")
 
@@ -46,7 +49,8 @@ class Condition:
     """What B samples are conditioned on. `has_text_B`, `has_image_B` say for which samples it counts.
 
     text_tokens_BTE, text_mask_BT (True at words), text_pooled_BP: of the CLIP text tower.
-    image_tokens_BSE, image_pooled_BP: of the image tower.
+    image_tokens_BSE, image_pooled_BP: of the image tower; or of several views in any order, [B, V, S, E] and [B, V, P],
+    where views_BV is True at those there are (None: all). Their tokens stand side by side; their pooled are averaged.
     """
 
     text_tokens: torch.Tensor
@@ -56,6 +60,7 @@ class Condition:
     image_tokens: torch.Tensor
     image_pooled: torch.Tensor
     has_image: torch.Tensor
+    views: torch.Tensor | None = None
 
     def keep(self, *, text: bool, image: bool) -> Condition:
         """The same condition with its text or image taken away."""
@@ -67,7 +72,8 @@ class Condition:
 
     @staticmethod
     def cat(conditions: list[Condition]) -> Condition:
-        names = Condition.__dataclass_fields__
+        """Of conditions with the same shapes but for B."""
+        names = [name for name in Condition.__dataclass_fields__ if getattr(conditions[0], name) is not None]
         return Condition(**{name: torch.cat([getattr(c, name) for c in conditions]) for name in names})
 
 
@@ -80,7 +86,7 @@ def timestep_embedding(t_B: torch.Tensor, width: int, scale: float = 1000.0) -> 
 
 
 class Denoiser(ModelMixin, ConfigMixin):
-    """Predicts the flow velocity of noisy latents, or the latents themselves (`prediction`).
+    """Predicts the flow velocity of noisy latents, the latents themselves, their noise, or v (`prediction`).
 
     The noise level and the conditioning tokens stand as a prefix before the latent tokens, as in Shap-E;
     text and image have each their own projection and their own null. With `adaln`, noise level and
@@ -98,7 +104,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         norm_in: LayerNorm over the whole sequence before the blocks.
         time_activation, time_scale: of the noise level's MLP; what level 1 is as a time step.
         learned_variance: the last layer's second half, which the release trained for a variance; never evaluated.
-        prediction: flow (velocity noise - data) or sample (the data).
+        prediction: flow (velocity noise - data), sample (the data), epsilon (the noise) or v (arXiv 2202.00512, §4).
         latent_mean, latent_std: [C], of the training latents; sampling undoes the standardisation with them.
         autoencoder_hash: of the autoencoder whose latents these are; loading refuses another.
         conditioner_hash: of the CLIP whose features these were trained on.
@@ -126,7 +132,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         time_activation: Literal["silu", "gelu"] = "silu",
         time_scale: float = 1000.0,
         learned_variance: bool = False,
-        prediction: Literal["flow", "sample"] = "flow",
+        prediction: PredictionName = "flow",
         qk_norm: bool = True,
         adaln: bool = True,
         latent_mean: list[float] | None = None,
@@ -186,18 +192,28 @@ class Denoiser(ModelMixin, ConfigMixin):
         mean_C, std_C = x_BLC.new_tensor(self.config.latent_mean), x_BLC.new_tensor(self.config.latent_std)
         return (x_BLC * std_C + mean_C).clamp(-1, 1)
 
-    def forward(self, x_BLC: torch.Tensor, t_B: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """Velocity noise - data of the path x_t = (1 - t)·data + t·noise, or the data (`prediction`).
+    def forward(
+        self, x_BLC: torch.Tensor, t_B: torch.Tensor, condition: Condition, tokens_BN: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Velocity noise - data of the path x_t = (1 - t)·data + t·noise; or the data, the noise, v (`prediction`).
 
         Args:
-            x_BLC: noisy standardised latents; where the data are predicted, scaled to unit variance.
-            t_B: noise level in [0, 1]; where the data are predicted, the time step over their number.
+            x_BLC: noisy standardised latents; in diffusion (all but flow) of unit variance. There may be fewer than
+                n_latents of them, another number in every call.
+            t_B: noise level in [0, 1]; in diffusion, the time step over their number.
+            tokens_BN: which transformer tokens (of `patch` latents each) x holds; None: the first ones.
         Returns: [B, L, C].
+        Raises: ValueError if x holds more tokens than the model has places for, or does not divide into them.
         """
         config = self.config
+        if x_BLC.shape[1] % config.patch or x_BLC.shape[1] > config.n_latents:
+            raise ValueError(
+                f"latents are at most {config.n_latents} tokens in groups of {config.patch}, got {x_BLC.shape[1]}"
+            )
         time_BD = self.time(timestep_embedding(t_B, config.width, config.time_scale).to(x_BLC.dtype))
         prefix_BMD, mask_BM, pooled_BD = self._prefix(condition)
-        latents_BND = self.latent_in(x_BLC.unflatten(1, (-1, config.patch)).flatten(2)) + self.positions
+        places = self.positions[: x_BLC.shape[1] // config.patch] if tokens_BN is None else self.positions[tokens_BN]
+        latents_BND = self.latent_in(x_BLC.unflatten(1, (-1, config.patch)).flatten(2)) + places
         time_token_BD = time_BD + self.kinds["time"] if config.token_kinds else time_BD
         h_BND = self.norm_sequence(torch.cat([time_token_BD[:, None], prefix_BMD, latents_BND], dim=1))
         mask_BN = None
@@ -230,15 +246,29 @@ class Denoiser(ModelMixin, ConfigMixin):
                 continue
             kind = name.split("_")[0]
             present_B = condition.has_text if kind == "text" else condition.has_image
-            value = getattr(condition, name)
-            value_BMF = value[:, None] * scale if value.ndim == 2 else value
+            value_BMF = self._joined(name, condition)
+            if name.endswith("pooled"):
+                value_BMF = value_BMF * scale
             token_BMD = self._null_or(name, present_B[:, None, None], value_BMF)
             if name.endswith("pooled"):
                 pooled = pooled + token_BMD[:, 0]
             masks.append(self._shown(name, present_B[:, None], condition, token_BMD.shape[1]))
             tokens.append(token_BMD + self.kinds[name] if self.config.token_kinds else token_BMD)
         some_hidden = self.config.absent == "learned" or "text_tokens" in self.config.conditions
+        some_hidden |= "image_tokens" in self.config.conditions and condition.image_tokens.ndim == 4
         return torch.cat(tokens, dim=1), torch.cat(masks, dim=1) if some_hidden else None, pooled
+
+    def _joined(self, name: str, condition: Condition) -> torch.Tensor:
+        """A condition's tokens in a row, [B, M, F], all views'; of a pooled one, a row of one, the views' average."""
+        value = getattr(condition, name)
+        if name == "image_tokens":
+            return value.flatten(1, 2) if value.ndim == 4 else value
+        if name == "image_pooled" and value.ndim == 3:
+            if condition.views is None:
+                return value.mean(1, keepdim=True)
+            counted_BV1 = condition.views[:, :, None].to(value)
+            return (value * counted_BV1).sum(1, keepdim=True) / counted_BV1.sum(1, keepdim=True).clamp(min=1)
+        return value[:, None] if name.endswith("pooled") else value
 
     def _shown(self, name: str, present_B1: torch.Tensor, condition: Condition, length: int) -> torch.Tensor:
         """Which of a condition's tokens are seen, [B, M]: never padding; nor, with learned nulls, the absent ones."""
@@ -248,6 +278,11 @@ class Denoiser(ModelMixin, ConfigMixin):
         if name == "text_tokens":  # an absent text is one token long, whatever the batch's longest
             first_M = torch.arange(length, device=present_B1.device) == 0
             shown_BM = shown_BM & torch.where(present_B1, condition.text_mask, first_M)
+        if name == "image_tokens" and condition.image_tokens.ndim == 4:  # an absent image is one view
+            n_views, n_tokens = condition.image_tokens.shape[1:3]
+            first_V = torch.arange(n_views, device=present_B1.device) == 0
+            there_BV = torch.ones_like(first_V) if condition.views is None else condition.views
+            shown_BM = shown_BM & torch.where(present_B1, there_BV, first_V).repeat_interleave(n_tokens, dim=1)
         return shown_BM
 
     def _null_or(self, name: str, present_B11: torch.Tensor, value_BMF: torch.Tensor) -> torch.Tensor:

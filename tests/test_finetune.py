@@ -39,12 +39,13 @@ from shapeloom.models.autoencoder import Autoencoder
 from shapeloom.models.denoiser import Condition, Denoiser
 from shapeloom.models.guidance import shap_e_scheduler
 from shapeloom.models.transformers_clip import TransformersConditioner
+from shapeloom.training.conditioning import first_conditions
 from shapeloom.training.config import RunConfig
-from shapeloom.training.denoiser import DenoiserModelConfig, DenoiserRun, build, first_conditions
+from shapeloom.training.denoiser import DenoiserModelConfig, DenoiserRun, build
 from shapeloom.training.ema import Ema, skeleton
 from shapeloom.training.finetune import LoraConfig, add_lora, merged
 from shapeloom.training.loop import Stage, prepare_blocks
-from shapeloom.training.objectives import data_prediction, sample_loss
+from shapeloom.training.objectives import diffusion, prediction_loss
 from shapeloom.training.parallel import Parallel
 
 TEXT_ALONE = "conditioning={text: 1, image: 0, both: 0, nothing: 0}"
@@ -109,6 +110,10 @@ def assert_each_its_own(distance_44: torch.Tensor) -> None:
 # --- objectives ------------------------------------------------------------------------------------------------------
 
 
+def sample_loss(model, batch):
+    return prediction_loss(model, batch, prediction="sample")
+
+
 class Perfect(torch.nn.Module):
     """Knows the data; keeps what it was shown."""
 
@@ -124,7 +129,7 @@ class Perfect(torch.nn.Module):
 def data_batch(count=64, steps=None):
     """A batch of unit-variance latents at drawn (or given) steps."""
     rng = np.random.default_rng(0)
-    objective = data_prediction(shap_e_scheduler())
+    objective = diffusion(shap_e_scheduler())
     drawn = [objective.draw(sample_rng(0, i)) for i in range(count)]
     if steps is not None:
         powers = shap_e_scheduler().alphas_cumprod
@@ -449,7 +454,9 @@ def test_adapters_that_fit_nowhere_are_refused(at, tmp_path):
 
 def test_settings_that_cannot_be_are_refused(at, tmp_path):
     words = ["train", "denoiser", "--data", at / "latents", "--out", tmp_path / "run"]
-    assert refused(*words, "model.prediction=x0") == "key 'model.prediction' should be 'flow' or 'sample', got 'x0'"
+    assert refused(*words, "model.prediction=x0") == (
+        "key 'model.prediction' should be 'flow', 'sample', 'v' or 'epsilon', got 'x0'"
+    )
     assert "text_pooled" in refused(*words, "model.conditions=[text]")
     assert refused(*words, "model.heads=7") == "model: width 192 does not divide into 7 heads"
     assert "add to 1" in refused(*words, "conditioning.text=0.9")

@@ -1,32 +1,42 @@
-"""Stage: the latent diffusion transformer, from latent shards, by rectified flow or by Shap-E's data prediction.
+"""Stage: the latent diffusion transformer, from latent shards, by rectified flow or by diffusion.
 
 accelerate launch -m shapeloom.training.denoiser --preset tiny --data latents/ --out runs/denoiser
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 from pydantic import Field, PositiveInt
 
 from ..checkpoints.folders import load_model_folder
 from ..checkpoints.pipeline import load_conditioner, publish_pipeline
 from ..config import Config, check_config
 from ..data_pipes.latents import LatentDataset, LatentSample
-from ..data_pipes.loader import Batches
 from ..errors import UserError
 from ..models.autoencoder import Autoencoder
-from ..models.denoiser import Condition, Denoiser
-from ..models.guidance import shap_e_scheduler
+from ..models.denoiser import Denoiser, PredictionName
+from ..models.guidance import diffusion_scheduler
 from ..models.pipeline import ShapeloomPipeline
+from ..models.transformer import AttentionBackend, set_attention
+from .conditioning import (
+    ConditioningConfig,
+    choose_views,
+    conditions_seen,
+    first_conditions,
+    image_features,
+    text_features,
+)
 from .config import RunConfig
+from .curriculum import Draw, LatentBatches, check_curriculum, choose_tokens, tokens_at
 from .finetune import LoraConfig, add_lora, check_latents, load_start, merged, settings_of
 from .loop import Batch, Stage, fit, say
-from .objectives import Objective, data_prediction, rectified_flow
+from .objectives import Objective, Weighting, diffusion, rectified_flow
 from .sheets import sample_sheet
 
 __all__ = ["DenoiserRun", "build", "run"]
@@ -51,21 +61,9 @@ class DenoiserModelConfig(Config):
     time_activation: Literal["silu", "gelu"] = "silu"
     time_scale: float = Field(default=1000.0, gt=0)
     learned_variance: bool = False
-    prediction: Literal["flow", "sample"] = "flow"
+    prediction: PredictionName = "flow"
     qk_norm: bool = True
     adaln: bool = True
-
-
-class ConditioningConfig(Config):
-    """Shares of samples that see text alone, image alone, both, or nothing (for guidance); they add to 1.
-
-    A model that reads text alone, or images alone, sees that in all samples but the share `nothing`.
-    """
-
-    text: float = Field(default=0.6, ge=0)
-    image: float = Field(default=0.2, ge=0)
-    both: float = Field(default=0.1, ge=0)
-    nothing: float = Field(default=0.1, ge=0)
 
 
 class DenoiserRun(RunConfig):
@@ -74,11 +72,21 @@ class DenoiserRun(RunConfig):
     model: DenoiserModelConfig = DenoiserModelConfig()
     standardise: bool = True  # latents to zero mean and unit deviation, per channel; False is Shap-E's way
     conditioning: ConditioningConfig = ConditioningConfig()
+    max_views: PositiveInt = 1  # an image condition is 1 … max_views views of the asset, each count as likely
     # Of a flow's logit-normal noise level (Stable Diffusion 3, §3.1). What a caption says is decided above .8 here (few
     # tokens, each seen by the whole field), where a mean of 0 would put only 8 % of the samples.
+    time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
     time_mean: float = 1.5
-    time_std: float = 1.5
-    sampling_shift: float = 3.0  # sigma → s·sigma / (1 + (s - 1)·sigma): spends the solver's steps there too; flow only
+    time_std: float = Field(default=1.5, gt=0)
+    # Noise level t → s·t / (1 + (s - 1)·t). The first is of training (a diffusion's schedule, so of its sampling too);
+    # the second of a flow's sampling, and spends the solver's steps where the caption is decided.
+    time_shift: float = Field(default=1.0, gt=0)
+    sampling_shift: float = Field(default=3.0, gt=0)
+    weighting: Weighting = "uniform"
+    min_snr_gamma: float = Field(default=5.0, gt=0)
+    # [share of the steps at which the part ends, latent tokens], …: parts of the run on random subsets of the tokens
+    curriculum: tuple[tuple[float, PositiveInt], ...] = ()
+    attention: AttentionBackend = "sdpa"
     eval_samples: int = 128
     sheet_samples: int = 8  # objects sampled for the picture at each evaluation; 0 for none
     sheet_steps: int = 16
@@ -111,6 +119,7 @@ def as_the_folder(config: DenoiserRun) -> DenoiserRun:
 
 
 def build(config: DenoiserRun) -> Stage:
+    check_objective(config)
     torch.manual_seed(config.seed)
     train = LatentDataset(config.data, "train")
     held_out = LatentDataset(config.data, "test_seen")
@@ -118,7 +127,10 @@ def build(config: DenoiserRun) -> Stage:
     if not len(held_out):
         held_out = train
     model, objective = make_model(config, train)
-    settings, shares = dict(model.config), mode_shares(config, model, train[0])
+    settings, shares = dict(model.config), shares_seen(config, model, train[0])
+    check_curriculum(config.curriculum, settings["n_latents"], settings["patch"])
+    on_gpu = torch.cuda.is_available() and not config.cpu
+    set_attention(model, config.attention, f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
     folder, out = Path(config.data), Path(config.out)
     frozen = {
         "autoencoder": load_model_folder(Autoencoder, folder / "autoencoder"),
@@ -126,13 +138,18 @@ def build(config: DenoiserRun) -> Stage:
         "scheduler": objective.scheduler,
     }
 
-    def collate(items: list[tuple[LatentSample, np.random.Generator]]) -> Batch:
-        return collate_latents(items, objective, shares, settings)
+    def collate(draws: list[Draw], n_tokens: int = settings["n_latents"]) -> Batch:
+        return collate_latents(
+            draws, n_tokens, objective, shares, settings, seed=config.seed, max_views=config.max_views
+        )
+
+    def tokens(step: int) -> int:
+        return tokens_at(step, config.steps, config.curriculum, settings["n_latents"])
 
     @torch.no_grad()
     def evaluate(ema: Denoiser, step: int) -> dict[str, float]:
-        items = [(held_out[i], np.random.default_rng(i)) for i in range(min(config.eval_samples, len(held_out)))]
-        batch = {name: value.to(ema.device) for name, value in collate(items).items()}
+        draws = [Draw(held_out[i], np.random.default_rng(i)) for i in range(min(config.eval_samples, len(held_out)))]
+        batch = {name: value.to(ema.device) for name, value in collate(draws).items()}
         metrics = {"loss": float(objective.loss(ema, batch)[0].mean())}
         if config.sheet_samples:
             pipeline = ShapeloomPipeline(denoiser=ema, **frozen)
@@ -146,7 +163,7 @@ def build(config: DenoiserRun) -> Stage:
         name="denoiser",
         model=model,
         loss=objective.loss,
-        batches=lambda rank, world: Batches(train, collate, config.batch_size, config.seed, rank, world),
+        batches=lambda rank, world: LatentBatches(train, collate, tokens, config.batch_size, config.seed, rank, world),
         evaluate=evaluate,
         publish=lambda ema: publish_pipeline(ShapeloomPipeline(denoiser=merged(ema), **frozen), out / "pipeline"),
         shardable=True,
@@ -163,18 +180,58 @@ def make_model(config: DenoiserRun, train: LatentDataset) -> tuple[Denoiser, Obj
         check_latents(model, folder, first.latent.shape, hashes, config.data)
     else:
         model = new_model(config, manifest, first, hashes)
-        scheduler = (
-            shap_e_scheduler(clip=not config.standardise)
-            if config.model.prediction == "sample"
-            else FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=config.sampling_shift)
-        )
+        scheduler = new_scheduler(config, model)
     if config.lora.rank:
         if not config.init:
             raise UserError("lora.rank needs init=FOLDER, a pipeline to adapt: adapters on random weights learn little")
         add_lora(model, config.lora)
-    if model.config.prediction == "sample":
-        return model, data_prediction(scheduler)
-    return model, rectified_flow(scheduler, mean=config.time_mean, std=config.time_std)
+    prediction, weighting, gamma = model.config.prediction, config.weighting, config.min_snr_gamma
+    if prediction != "flow":
+        return model, diffusion(scheduler, prediction, weighting=weighting, gamma=gamma)
+    return model, rectified_flow(
+        scheduler,
+        sampling=config.time_sampling,
+        mean=config.time_mean,
+        std=config.time_std,
+        shift=config.time_shift,
+        weighting=weighting,
+        gamma=gamma,
+    )
+
+
+def check_objective(config: DenoiserRun) -> None:
+    """Raises UserError for settings that the objective does not read, or that say the same thing twice."""
+    defaults = DenoiserRun.model_fields
+    changed = {name for name in defaults if getattr(config, name) != defaults[name].default}
+    prediction = config.model.prediction
+    of_a_flow = sorted(changed & {"time_sampling", "time_mean", "time_std", "sampling_shift"})
+    if prediction != "flow" and of_a_flow:
+        told = f"{of_a_flow[0]} is of a flow's noise levels, and model.prediction={prediction} draws the steps of its "
+        told += f"schedule evenly: leave {', '.join(of_a_flow)} out (time_shift moves a diffusion's whole schedule)"
+        if not config.init:
+            raise UserError(told)
+        say(f"init: {', '.join(of_a_flow)} have no effect on {prediction}")
+    if config.time_sampling == "uniform" and (logit_normal := sorted(changed & {"time_mean", "time_std"})):
+        raise UserError(f"{logit_normal[0]} is of time_sampling=logit_normal: leave it out with uniform")
+    if config.weighting == "uniform" and "min_snr_gamma" in changed:
+        raise UserError("min_snr_gamma is of weighting=min_snr: set that too, or leave it out")
+    if config.init and prediction != "flow" and "time_shift" in changed:
+        raise UserError(f"time_shift: the noise schedule is that of init={config.init}; leave it out")
+
+
+def new_scheduler(config: DenoiserRun, model: Denoiser) -> FlowMatchEulerDiscreteScheduler | HeunDiscreteScheduler:
+    """The schedule to train and sample with."""
+    prediction = model.config.prediction
+    if prediction == "flow":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=config.sampling_shift)
+    if not config.standardise:
+        clip_range = 1.0
+    elif prediction == "sample":  # clipped channel by channel, by guidance
+        clip_range = None
+    else:
+        low_C, high_C = model.bounds()
+        clip_range = float(torch.maximum(-low_C, high_C).max())
+    return diffusion_scheduler(prediction, clip_range=clip_range, shift=config.time_shift)
 
 
 def new_model(config: DenoiserRun, manifest: dict[str, Any], first: LatentSample, hashes: dict[str, str]) -> Denoiser:
@@ -194,14 +251,12 @@ def new_model(config: DenoiserRun, manifest: dict[str, Any], first: LatentSample
         raise UserError(f"model: {error}") from None
 
 
-def mode_shares(config: DenoiserRun, model: Denoiser, first: LatentSample) -> np.ndarray:
-    """Cumulated shares of samples that see text, an image, both, nothing; among what the model reads.
+def shares_seen(config: DenoiserRun, model: Denoiser, first: LatentSample) -> dict[str, float]:
+    """Shares of samples that see text, an image, both, nothing; among what the model reads.
 
     Raises: UserError if the shares do not add to 1, or the data lack what the model reads.
     """
-    shares = config.conditioning.model_dump()
-    if abs(sum(shares.values()) - 1) > 1e-6:
-        raise UserError(f"conditioning: the four shares must add to 1, they are {list(shares.values())}")
+    shares = config.conditioning.shares()
     kinds = [kind for kind in ("text", "image") if model.takes(kind)]
     for kind, there in (("text", first.has_text), ("image", first.has_image)):
         if kind in kinds and not there:
@@ -210,78 +265,61 @@ def mode_shares(config: DenoiserRun, model: Denoiser, first: LatentSample) -> np
                 f"{config.data} has no {kind} features (its conditioner has no {kind} tower), which the model reads: "
                 f"set model.conditions=[{', '.join(others)}], or encode with another conditioner"
             )
+    stored = len(first.image_pooled)
+    if config.max_views > 1 and (config.max_views > stored or "image" not in kinds):
+        why = f"{config.data} keeps {stored} views an asset" if "image" in kinds else "the model reads no images"
+        remedy = f"encode with n_views={config.max_views}, or set" if "image" in kinds else "set"
+        raise UserError(
+            f"max_views={config.max_views}: {why}; {remedy} max_views={max(stored, 1) if kinds[-1] == 'image' else 1}"
+        )
     if len(kinds) == 1:
         shares = dict.fromkeys(shares, 0.0) | {"nothing": shares["nothing"], kinds[0]: 1 - shares["nothing"]}
         say(f"conditioning: the model reads {kinds[0]} alone, in {shares[kinds[0]]:.0%} of the samples")
-    return np.cumsum(list(shares.values()))
+    return shares
 
 
 def collate_latents(
-    items: list[tuple[LatentSample, np.random.Generator]],
+    draws: list[Draw],
+    n_tokens: int,
     objective: Objective,
-    shares: np.ndarray,
+    shares: dict[str, float],
     settings: dict[str, Any],
+    *,
+    seed: int,
+    max_views: int = 1,
 ) -> Batch:
-    """Latents standardised as the model's settings say, noise, noise level and condition."""
-    modes, texts, images, levels, noises = [], [], [], [], []
-    for sample, rng in items:
-        modes.append(int(np.searchsorted(shares, rng.random() * shares[-1], side="right")))
+    """Latents standardised as the model's settings say, noise, noise level and condition.
+
+    Args:
+        n_tokens: latent tokens of each; where fewer than all, a random subset with its places in `tokens`.
+        settings: the model's.
+    """
+    seen, texts, views, levels, noises, tokens = [], [], [], [], [], []
+    patch, n_latents = settings["patch"], settings["n_latents"]
+    for draw in draws:
+        sample, rng = draw.sample, draw.rng
+        seen.append(conditions_seen(seed, sample.uid, draw.epoch, shares))
         texts.append(int(rng.integers(max(len(sample.text_pooled), 1))))
-        images.append(int(rng.integers(max(len(sample.image_pooled), 1))))
+        views.append(choose_views(rng, len(sample.image_pooled), max_views))
         levels.append(objective.draw(rng))
         noises.append(rng.standard_normal(sample.latent.shape, np.float32))
-    samples = [sample for sample, _ in items]
+        if n_tokens < n_latents:
+            tokens.append(choose_tokens(rng, n_latents // patch, n_tokens // patch))
+    samples = [draw.sample for draw in draws]
     latent_BLC = np.stack([sample.latent for sample in samples]).astype(np.float32)
     if settings["latent_mean"] is not None:
         mean_C, std_C = (np.array(settings[name], np.float32) for name in ("latent_mean", "latent_std"))
         latent_BLC = (latent_BLC - mean_C) / std_C
     arrays: dict[str, np.ndarray] = {"latent": latent_BLC, "noise": np.stack(noises)}
+    if tokens:
+        tokens_BN = np.stack(tokens)
+        rows_BL1 = (tokens_BN[:, :, None] * patch + np.arange(patch)).reshape(len(draws), -1, 1)
+        arrays = {name: np.take_along_axis(array, rows_BL1, 1) for name, array in arrays.items()}
+        arrays["tokens"] = tokens_BN
     arrays |= {name: np.array([level[name] for level in levels], np.float32) for name in levels[0]}
-    arrays |= text_features(samples, texts, settings) | image_features(samples, images, settings)
-    mode_B = np.array(modes)
-    arrays |= {"has_text": np.isin(mode_B, [0, 2]), "has_image": np.isin(mode_B, [1, 2])}
+    arrays |= text_features(samples, texts, settings) | image_features(samples, views, settings)
+    arrays |= dict(zip(("has_text", "has_image"), np.array(seen).T.copy(), strict=True))
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def text_features(samples: list[LatentSample], chosen: list[int], settings: dict[str, Any]) -> dict[str, np.ndarray]:
-    """A caption of each, padded to the longest of them; one masked token of zeros where none are stored."""
-    count = len(samples)
-    if not samples[0].has_text:
-        return {
-            "text_tokens": np.zeros((count, 1, settings["text_width"]), np.float32),
-            "text_mask": np.zeros((count, 1), bool),
-            "text_pooled": np.zeros((count, settings["pooled_width"]), np.float32),
-        }
-    lengths_B = np.array([sample.text_lengths[k] for sample, k in zip(samples, chosen, strict=True)])
-    tokens_BTE = np.zeros((count, int(lengths_B.max()), samples[0].text_tokens.shape[-1]), np.float32)
-    for row, length, sample, k in zip(tokens_BTE, lengths_B, samples, chosen, strict=True):
-        row[:length] = sample.text_tokens[k, :length]
-    return {
-        "text_tokens": tokens_BTE,
-        "text_mask": np.arange(tokens_BTE.shape[1]) < lengths_B[:, None],
-        "text_pooled": np.stack([s.text_pooled[k] for s, k in zip(samples, chosen, strict=True)]).astype(np.float32),
-    }
-
-
-def image_features(samples: list[LatentSample], chosen: list[int], settings: dict[str, Any]) -> dict[str, np.ndarray]:
-    """A view of each; one token of zeros where none are stored."""
-    if not samples[0].has_image:
-        return {
-            "image_tokens": np.zeros((len(samples), 1, settings["image_width"]), np.float32),
-            "image_pooled": np.zeros((len(samples), settings["pooled_width"]), np.float32),
-        }
-    return {
-        name: np.stack([getattr(s, name)[v] for s, v in zip(samples, chosen, strict=True)]).astype(np.float32)
-        for name in ("image_tokens", "image_pooled")
-    }
-
-
-def first_conditions(samples: list[LatentSample], model: Denoiser) -> Condition:
-    """The first caption of each, or the first view for a model that reads no text, on the model's device."""
-    first, by_text = [0] * len(samples), model.takes("text")
-    arrays = text_features(samples, first, model.config) | image_features(samples, first, model.config)
-    arrays |= {"has_text": np.full(len(samples), by_text), "has_image": np.full(len(samples), not by_text)}
-    return Condition(**{name: torch.from_numpy(array).to(model.device) for name, array in arrays.items()})
 
 
 if __name__ == "__main__":
