@@ -237,15 +237,20 @@ def train_denoiser(
         Path | None,
         typer.Option(help="A pipeline folder to go on from; the latents are of its autoencoder and conditioner."),
     ] = None,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(help="Layers or parameters that do not train, as 'blocks.[0-3]'; may be given several times."),
+    ] = None,
     preset: Preset = None,
     config: ConfigFile = None,
     resume: Resume = "auto",
     overrides: Overrides = None,
 ) -> None:
     """Train the denoiser on latents; with --init, fine-tune one: all of it, or adapters (lora.rank=16)."""
-    # Overrides are read as YAML, which JSON is: so a path stays text whatever is in it.
-    start = [f"init={json.dumps(str(init), ensure_ascii=False)}"] if init else []
-    _run_stage("denoiser", data, out, preset, config, resume, [*start, *(overrides or [])])
+    # Overrides are read as YAML, which JSON is: so a text stays that text whatever is in it.
+    given = {"init": str(init) if init else None, "freeze": freeze}
+    options = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items() if value]
+    _run_stage("denoiser", data, out, preset, config, resume, [*options, *(overrides or [])])
 
 
 @app.command(

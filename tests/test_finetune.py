@@ -366,7 +366,7 @@ def test_a_folder_with_one_tower_is_encoded_for_and_tuned(tmp_path, kind):
     first = LatentDataset(tmp_path / "latents")[0]
     assert (first.has_text, first.has_image) == (kind == "text", kind == "image")
     words = ["--init", folder, "--data", tmp_path / "latents", "--out", tmp_path / "run", "steps=2", "batch_size=4"]
-    said = succeed("train", "denoiser", *words, "log_every=1", "sheet_samples=2", "sheet_steps=2")
+    said = succeed("train", "denoiser", *words, "log_every=1", "sheet_samples=2", "sample_steps=2")
     assert f"the model reads {kind} alone, in 90% of the samples" in said and "failed" not in said
     Image.open(tmp_path / "run" / "samples" / "00000002.png").verify()
     Image.new("RGB", (40, 30), "red").save(tmp_path / "picture.png")

@@ -34,7 +34,7 @@ def way(cli, tmp_path_factory):
     run("train", "autoencoder", "--data", at / "raw", "--out", at / "ae", *STEPS, *FIELD, "n_surface=64", "n_field=64")
     models = [f"autoencoder={at / 'ae' / 'autoencoder'}", f"clip={at / 'clip' / 'clip'}"]
     run("encode", "--data", at / "raw", "--out", at / "latents", *models, "shard_size=25", "n_surface=128")
-    small = ["model.width=32", "model.heads=2", "model.layers=1", "sheet_samples=2", "sheet_steps=2"]
+    small = ["model.width=32", "model.heads=2", "model.layers=1", "sheet_samples=2", "sample_steps=2"]
     run("train", "denoiser", "--data", at / "latents", "--out", at / "denoiser", *STEPS, *small)
     return at
 

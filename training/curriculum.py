@@ -1,59 +1,16 @@
-"""Batches of latents as a function of the step: the epoch of each sample, and on how many tokens a step trains."""
+"""On how many latent tokens a step trains: fewer in the first parts of a run, then all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
-from ..data_pipes.latents import LatentSample
-from ..data_pipes.loader import Batches, Indexed, order, sample_rng
 from ..errors import UserError
-from .loop import Batch
 
-__all__ = ["Draw", "LatentBatches", "check_curriculum", "choose_tokens", "tokens_at"]
+__all__ = ["check_curriculum", "choose_tokens", "tokens_at"]
 
 Curriculum = Sequence[tuple[float, int]]
-
-
-@dataclass(frozen=True)
-class Draw:
-    """A sample, its random numbers (functions of seed and position), and how often it has been seen before."""
-
-    sample: LatentSample
-    rng: np.random.Generator
-    epoch: int = 0
-
-
-class LatentBatches(Batches[LatentSample, Batch]):
-    """As `Batches`, with collate told each sample's epoch and the step's number of latent tokens.
-
-    Args:
-        collate: (draws of this rank, latent tokens of the step) → the batch.
-        tokens: step (from 0) → how many latent tokens it trains on.
-    """
-
-    def __init__(
-        self,
-        dataset: Indexed[LatentSample],
-        collate: Callable[[list[Draw], int], Batch],
-        tokens: Callable[[int], int],
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        super().__init__(dataset, collate, batch_size, seed, rank, world)  # type: ignore[arg-type] # see `batch`
-        self.tokens = tokens
-
-    def batch(self, step: int) -> Batch:
-        positions, count = self.positions(step), len(self.dataset)
-        draws = [
-            Draw(self.dataset[int(i)], sample_rng(self.seed, int(p)), int(p) // count)
-            for i, p in zip(order(count, self.seed, positions), positions)
-        ]
-        return self.collate(draws, self.tokens(step))  # type: ignore[call-arg, arg-type]
 
 
 def check_curriculum(curriculum: Curriculum, n_latents: int, patch: int) -> None:

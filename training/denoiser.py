@@ -17,6 +17,7 @@ from pydantic import Field, PositiveInt
 from ..checkpoints.folders import load_model_folder
 from ..checkpoints.pipeline import load_conditioner, publish_pipeline
 from ..config import Config, check_config
+from ..data_pipes.fingerprint import data_fingerprint
 from ..data_pipes.latents import LatentDataset, LatentSample
 from ..errors import UserError
 from ..models.autoencoder import Autoencoder
@@ -24,20 +25,16 @@ from ..models.denoiser import Denoiser, PredictionName
 from ..models.guidance import diffusion_scheduler
 from ..models.pipeline import ShapeloomPipeline
 from ..models.transformer import AttentionBackend, set_attention
-from .conditioning import (
-    ConditioningConfig,
-    choose_views,
-    conditions_seen,
-    first_conditions,
-    image_features,
-    text_features,
-)
+from .arithmetic import denoiser_flops
+from .conditioning import ConditioningConfig
 from .config import RunConfig
-from .curriculum import Draw, LatentBatches, check_curriculum, choose_tokens, tokens_at
-from .finetune import LoraConfig, add_lora, check_latents, load_start, merged, settings_of
-from .loop import Batch, Stage, fit, say
+from .curriculum import check_curriculum, tokens_at
+from .features import FeatureSource
+from .finetune import LoraConfig, add_lora, check_latents, freeze, load_start, merged, settings_of
+from .latent_batches import Collate, Draw, LatentBatches
+from .loop import Stage, fit, say
 from .objectives import Objective, Weighting, diffusion, rectified_flow
-from .sheets import sample_sheet
+from .samples import HeldOutSamples, open_judge
 
 __all__ = ["DenoiserRun", "build", "run"]
 
@@ -69,6 +66,7 @@ class DenoiserModelConfig(Config):
 class DenoiserRun(RunConfig):
     init: str = ""  # a pipeline folder to start from: its architecture, objective and statistics are then the run's
     lora: LoraConfig = LoraConfig()
+    freeze: tuple[str, ...] = ()  # patterns of layers or parameters that do not train, as blocks.[0-3] or *.bias
     model: DenoiserModelConfig = DenoiserModelConfig()
     standardise: bool = True  # latents to zero mean and unit deviation, per channel; False is Shap-E's way
     conditioning: ConditioningConfig = ConditioningConfig()
@@ -87,9 +85,13 @@ class DenoiserRun(RunConfig):
     # [share of the steps at which the part ends, latent tokens], …: parts of the run on random subsets of the tokens
     curriculum: tuple[tuple[float, PositiveInt], ...] = ()
     attention: AttentionBackend = "sdpa"
-    eval_samples: int = 128
-    sheet_samples: int = 8  # objects sampled for the picture at each evaluation; 0 for none
-    sheet_steps: int = 16
+    # At each evaluation, of the EMA model on held-out assets:
+    eval_samples: int = 128  # how many the loss is of
+    sheet_samples: int = 8  # objects sampled for the picture; 0 for none
+    score_samples: int = 32  # objects sampled for R-precision, those of the picture among them; 0 for none
+    sample_steps: PositiveInt = 16
+    sample_seconds: float = Field(default=60.0, gt=0)  # no further object is begun after that
+    judge: str = ""  # a CLIP folder that scores them; "" is the conditioner, which flatters what it conditions
 
 
 def run(config: DenoiserRun, *, resume: str = "auto") -> None:
@@ -126,22 +128,28 @@ def build(config: DenoiserRun) -> Stage:
     held_out = held_out if len(held_out) else LatentDataset(config.data, "test")
     if not len(held_out):
         held_out = train
-    model, objective = make_model(config, train)
-    settings, shares = dict(model.config), shares_seen(config, model, train[0])
+    folder, out, device = Path(config.data), Path(config.out), device_of(config)
+    source = FeatureSource(load_conditioner(folder / "conditioner"), device)
+    first = source.fill([train[0]])[0]
+    model, objective = make_model(config, train.shards.manifest, first)
+    settings, shares = dict(model.config), shares_seen(config, model, first)
     check_curriculum(config.curriculum, settings["n_latents"], settings["patch"])
-    on_gpu = torch.cuda.is_available() and not config.cpu
-    set_attention(model, config.attention, f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
-    folder, out = Path(config.data), Path(config.out)
+    set_attention(model, config.attention, device)
     frozen = {
         "autoencoder": load_model_folder(Autoencoder, folder / "autoencoder"),
-        "conditioner": load_conditioner(folder / "conditioner"),
+        "conditioner": source.conditioner,
         "scheduler": objective.scheduler,
     }
-
-    def collate(draws: list[Draw], n_tokens: int = settings["n_latents"]) -> Batch:
-        return collate_latents(
-            draws, n_tokens, objective, shares, settings, seed=config.seed, max_views=config.max_views
-        )
+    collate = Collate(objective, shares, settings, source, config.seed, config.max_views)
+    samples = HeldOutSamples(
+        held_out,
+        source,
+        shown=config.sheet_samples,
+        scored=config.score_samples,
+        steps=config.sample_steps,
+        seconds=config.sample_seconds,
+        judge=open_judge(config.judge, source.conditioner) if config.score_samples else None,
+    )
 
     def tokens(step: int) -> int:
         return tokens_at(step, config.steps, config.curriculum, settings["n_latents"])
@@ -150,14 +158,9 @@ def build(config: DenoiserRun) -> Stage:
     def evaluate(ema: Denoiser, step: int) -> dict[str, float]:
         draws = [Draw(held_out[i], np.random.default_rng(i)) for i in range(min(config.eval_samples, len(held_out)))]
         batch = {name: value.to(ema.device) for name, value in collate(draws).items()}
-        metrics = {"loss": float(objective.loss(ema, batch)[0].mean())}
-        if config.sheet_samples:
-            pipeline = ShapeloomPipeline(denoiser=ema, **frozen)
-            shown = range(min(config.sheet_samples, len(held_out)))
-            condition = first_conditions([held_out[i] for i in shown], ema)
-            captions = [held_out.meta(i)["captions"][0] for i in shown]
-            sample_sheet(pipeline, condition, captions, config.sheet_steps, out / "samples" / f"{step:08d}.png")
-        return metrics
+        loss = float(objective.loss(ema, batch)[0].mean())
+        pipeline = ShapeloomPipeline(denoiser=ema, **frozen)
+        return {"loss": loss, **samples(pipeline, out / "samples" / f"{step:08d}.png")}
 
     return Stage(
         name="denoiser",
@@ -167,12 +170,30 @@ def build(config: DenoiserRun) -> Stage:
         evaluate=evaluate,
         publish=lambda ema: publish_pipeline(ShapeloomPipeline(denoiser=merged(ema), **frozen), out / "pipeline"),
         shardable=True,
+        data=data_fingerprint(train),
+        flops=sample_flops(config, settings, first),
     )
 
 
-def make_model(config: DenoiserRun, train: LatentDataset) -> tuple[Denoiser, Objective]:
-    """The denoiser, new or of `config.init`, with its adapters; and what it learns to predict."""
-    manifest, first = train.shards.manifest, train[0]
+def device_of(config: DenoiserRun) -> torch.device:
+    """This rank's, before there is an accelerator to ask."""
+    on_gpu = torch.cuda.is_available() and not config.cpu
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
+
+
+def sample_flops(config: DenoiserRun, settings: dict[str, Any], first: LatentSample) -> float:
+    """Of a sample in training, with a caption as long as the first and the mean number of views; of all tokens."""
+    text = int(first.text_lengths[0]) if first.has_text else 1
+    image = round(first.image_tokens.shape[1] * (1 + config.max_views) / 2) if first.has_image else 1
+    return float(denoiser_flops(settings, text_tokens=text, image_tokens=image).training())
+
+
+def make_model(config: DenoiserRun, manifest: dict[str, Any], first: LatentSample) -> tuple[Denoiser, Objective]:
+    """The denoiser, new or of `config.init`, with its adapters and what is frozen; and what it learns to predict.
+
+    Args:
+        manifest, first: of the latents, and one of them with its features.
+    """
     hashes = {name: manifest["settings"][name] for name in ("autoencoder_hash", "conditioner_hash")}
     if config.init:
         folder = Path(config.init)
@@ -185,6 +206,7 @@ def make_model(config: DenoiserRun, train: LatentDataset) -> tuple[Denoiser, Obj
         if not config.init:
             raise UserError("lora.rank needs init=FOLDER, a pipeline to adapt: adapters on random weights learn little")
         add_lora(model, config.lora)
+    freeze(model, config.freeze)
     prediction, weighting, gamma = model.config.prediction, config.weighting, config.min_snr_gamma
     if prediction != "flow":
         return model, diffusion(scheduler, prediction, weighting=weighting, gamma=gamma)
@@ -276,50 +298,6 @@ def shares_seen(config: DenoiserRun, model: Denoiser, first: LatentSample) -> di
         shares = dict.fromkeys(shares, 0.0) | {"nothing": shares["nothing"], kinds[0]: 1 - shares["nothing"]}
         say(f"conditioning: the model reads {kinds[0]} alone, in {shares[kinds[0]]:.0%} of the samples")
     return shares
-
-
-def collate_latents(
-    draws: list[Draw],
-    n_tokens: int,
-    objective: Objective,
-    shares: dict[str, float],
-    settings: dict[str, Any],
-    *,
-    seed: int,
-    max_views: int = 1,
-) -> Batch:
-    """Latents standardised as the model's settings say, noise, noise level and condition.
-
-    Args:
-        n_tokens: latent tokens of each; where fewer than all, a random subset with its places in `tokens`.
-        settings: the model's.
-    """
-    seen, texts, views, levels, noises, tokens = [], [], [], [], [], []
-    patch, n_latents = settings["patch"], settings["n_latents"]
-    for draw in draws:
-        sample, rng = draw.sample, draw.rng
-        seen.append(conditions_seen(seed, sample.uid, draw.epoch, shares))
-        texts.append(int(rng.integers(max(len(sample.text_pooled), 1))))
-        views.append(choose_views(rng, len(sample.image_pooled), max_views))
-        levels.append(objective.draw(rng))
-        noises.append(rng.standard_normal(sample.latent.shape, np.float32))
-        if n_tokens < n_latents:
-            tokens.append(choose_tokens(rng, n_latents // patch, n_tokens // patch))
-    samples = [draw.sample for draw in draws]
-    latent_BLC = np.stack([sample.latent for sample in samples]).astype(np.float32)
-    if settings["latent_mean"] is not None:
-        mean_C, std_C = (np.array(settings[name], np.float32) for name in ("latent_mean", "latent_std"))
-        latent_BLC = (latent_BLC - mean_C) / std_C
-    arrays: dict[str, np.ndarray] = {"latent": latent_BLC, "noise": np.stack(noises)}
-    if tokens:
-        tokens_BN = np.stack(tokens)
-        rows_BL1 = (tokens_BN[:, :, None] * patch + np.arange(patch)).reshape(len(draws), -1, 1)
-        arrays = {name: np.take_along_axis(array, rows_BL1, 1) for name, array in arrays.items()}
-        arrays["tokens"] = tokens_BN
-    arrays |= {name: np.array([level[name] for level in levels], np.float32) for name in levels[0]}
-    arrays |= text_features(samples, texts, settings) | image_features(samples, views, settings)
-    arrays |= dict(zip(("has_text", "has_image"), np.array(seen).T.copy(), strict=True))
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 if __name__ == "__main__":

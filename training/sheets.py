@@ -1,4 +1,4 @@
-"""Pictures made during training: what the EMA model makes of held-out captions or assets."""
+"""Pictures made during training, of meshes and of the points they are to be like."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ..data_pipes.contact_sheet import contact_sheet
 from ..data_pipes.loader import RawSample
@@ -14,37 +13,23 @@ from ..data_pipes.mesh import Mesh
 from ..data_pipes.render import composite, render
 from ..files import write_atomic
 from ..models.cameras import Cameras, orbit
-from ..models.denoiser import Condition
-from ..models.guidance import guided, sample_latents
-from ..models.mesh import ExtractedMesh, extract_mesh
-from ..models.pipeline import ShapeloomPipeline
+from ..models.mesh import ExtractedMesh
 
-__all__ = ["picture", "picture_of_points", "sample_sheet", "write_sheet"]
+__all__ = ["picture", "picture_of_points", "pictures", "write_sheet"]
 
 TILE = 96
 
 
-def sample_sheet(
-    pipeline: ShapeloomPipeline, condition: Condition, captions: list[str], steps: int, path: Path
-) -> None:
-    """Sample each condition once, seed 0, 1, …, and write the sheet to `path`, under the captions."""
-    denoiser = pipeline.denoiser
-    shape = denoiser.config.n_latents, denoiser.config.channels
-    noises = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(len(captions))]
-    predict = guided(denoiser, condition, text_scale=3.0, image_scale=2.0)
-    # Sampling must not move the training's random state, or a resumed run would differ.
-    with torch.random.fork_rng():
-        latents_BLC = sample_latents(predict, torch.stack(noises).to(denoiser.device), pipeline.scheduler, steps=steps)
-    meshes = extract_mesh(pipeline.decode(denoiser.restore(latents_BLC)), 32)
-    write_sheet([picture(mesh) for mesh in meshes], captions, path)
-
-
-def picture(mesh: ExtractedMesh, cameras: Cameras | None = None) -> np.ndarray:
+def picture(mesh: ExtractedMesh) -> np.ndarray:
     """The mesh lit, on white, seen from its front a little above; uint8 [H, W, 3]."""
-    cameras = cameras or orbit([-20], 20, size=TILE)
+    return pictures(mesh, orbit([-20], 20, size=TILE))[0]
+
+
+def pictures(mesh: ExtractedMesh, cameras: Cameras) -> np.ndarray:
+    """The mesh lit, on white, from each camera; uint8 [V, H, W, 3]."""
     if mesh.empty:
-        return np.full((cameras.height, cameras.width, 3), 255, np.uint8)
-    return composite(render(Mesh.from_vertex_colors(mesh.vertices, mesh.faces, mesh.rgb), cameras).lit[0])
+        return np.full((len(cameras), cameras.height, cameras.width, 3), 255, np.uint8)
+    return composite(render(Mesh.from_vertex_colors(mesh.vertices, mesh.faces, mesh.rgb), cameras).lit)
 
 
 def picture_of_points(sample: RawSample) -> np.ndarray:
