@@ -14,7 +14,11 @@ class UserError(ValueError):
 
     The message is one clear sentence: what is wrong, where, and what to do. The command line prints it as
     ``error: <sentence>`` and exits with 1; no traceback is shown. Bugs of ours must not be raised as this.
+
+    leaves_at_once: the process ends without the interpreter's clean-up, which would not come to its end.
     """
+
+    leaves_at_once = False
 
 
 def run_command(command: Callable[[], object]) -> None:
@@ -36,6 +40,10 @@ def run_command(command: Callable[[], object]) -> None:
         if os.environ.get("SHAPELOOM_TRACEBACK"):
             raise
         print(f"error: {sentence}", file=sys.stderr)
+        if isinstance(error, UserError) and error.leaves_at_once:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
         sys.exit(1)
 
 

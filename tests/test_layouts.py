@@ -12,27 +12,21 @@ import torch
 from latent_folders import four_latents, small_autoencoder, small_clip, succeed, write_latents
 from safetensors.torch import load_file
 
+from shapeloom.launch.launch_file import environment, read_launch_file
+
 MODEL = ["model.width=32", "model.heads=2", "model.layers=2"]
 LOOP = ["batch_size=4", "steps=9", "log_every=1", "eval_every=0", "save_every=3", "keep_last=9", "optim.lr=0.01"]
 QUICK = [*MODEL, *LOOP, "optim.warmup_steps=2", "sheet_samples=0", "eval_samples=2", "trackers=[]"]
 
-LAYOUTS = {
-    "ddp": {},
-    "fsdp2": {
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block",
-        "FSDP_RESHARD_AFTER_FORWARD": "true",
-    },
-    "zero1": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
-    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
-    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-}
+FILES = Path(__file__).parent.parent / "launch" / "accelerate"
+LAYOUTS = ["ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3-offload"]
 
 
 def two_ranks(layout: str, stage: str, words: list, code: int = 0) -> str:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, Path(__file__).with_name("rank_main.py"), stage, *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LAYOUT": layout, **LAYOUTS[layout]}
+    asked = environment(read_launch_file(FILES / f"{layout}.yaml"))
+    env = {**os.environ, **asked, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LAYOUT": layout}
     done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -94,3 +88,21 @@ def test_one_rank_then_two_then_one(layout, latents, whole, tmp_path):
     alone = start_from(first, tmp_path / "alone", 6)
     succeed("train", "denoiser", "--data", latents, "--out", alone, *QUICK)
     assert losses(alone) == pytest.approx({step: expected[step] for step in (7, 8, 9)}, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "zero3"])
+def test_adapters_and_frozen_layers_train_in_shards(layout, latents, whole, tmp_path):
+    words = ["--data", latents, *LOOP, "steps=4", "sheet_samples=0", "eval_samples=2", "trackers=[]"]
+    words += [f"init={whole}/pipeline", "lora.rank=2", "freeze=[blocks.0]"]
+    alone, shards = tmp_path / "alone", tmp_path / "shards"
+    said = succeed("train", "denoiser", *words, "--out", alone)
+    told = two_ranks(layout, "denoiser", [*words, "--out", shards, "processes=2"])
+    counts = [line for line in said.splitlines() if "training" in line and "parameters" in line]
+    assert counts and counts[0] in told
+    assert losses(shards) == pytest.approx(losses(alone), rel=1e-5)
+    file = "pipeline/denoiser/diffusion_pytorch_model.safetensors"
+    mine, theirs, before = (load_file(folder / file) for folder in (shards, alone, whole))
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-3, atol=1e-5)
+    changed = {name for name in before if not torch.equal(mine[name], before[name])}
+    assert changed and not any(name.startswith("blocks.0.") for name in changed)

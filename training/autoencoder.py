@@ -14,6 +14,7 @@ import torch
 from ..checkpoints.folders import load_model_folder, publish_model
 from ..config import Config
 from ..data_pipes.encoder_inputs import pick_rays, surface_features, view_arrays, view_targets
+from ..data_pipes.fingerprint import data_fingerprint
 from ..data_pipes.loader import Batches, RawDataset, RawSample
 from ..errors import UserError
 from ..models.autoencoder import Autoencoder, Bottleneck
@@ -100,6 +101,7 @@ def build(config: AutoencoderRun) -> Stage:
         ),
         evaluate=look,
         publish=lambda ema: publish_model(ema, Path(config.out) / "autoencoder"),
+        data=data_fingerprint(train),
     )
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..checkpoints.clip import publish_clip
 from ..config import Config
 from ..data_pipes.grammar import parse
+from ..data_pipes.fingerprint import data_fingerprint
 from ..data_pipes.loader import Batches, RawDataset, RawSample
 from ..data_pipes.render import composite
 from ..errors import UserError
@@ -82,6 +83,7 @@ def build(config: ClipRun) -> Stage:
         batches=lambda rank, world: Batches(train, collate, config.batch_size, config.seed, rank, world),
         evaluate=lambda ema, step: evaluate(ema, held_out, config.eval_samples),
         publish=lambda ema: publish_clip(ema, Path(config.out) / "clip"),
+        data=data_fingerprint(train),
     )
 
 

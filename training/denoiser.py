@@ -182,7 +182,12 @@ def device_of(config: DenoiserRun) -> torch.device:
 
 
 def sample_flops(config: DenoiserRun, settings: dict[str, Any], first: LatentSample) -> float:
-    """Of a sample in training, with a caption as long as the first and the mean number of views; of all tokens."""
+    """Of a sample in training, with a caption as long as the first, the mean number of views, and all latent tokens.
+
+    0 where only a part of the model trains: how many of the weights' gradients are taken is not counted then.
+    """
+    if config.lora.rank or config.freeze:
+        return 0.0
     text = int(first.text_lengths[0]) if first.has_text else 1
     image = round(first.image_tokens.shape[1] * (1 + config.max_views) / 2) if first.has_image else 1
     return float(denoiser_flops(settings, text_tokens=text, image_tokens=image).training())

@@ -18,7 +18,7 @@ from ..models.transformers_clip import TransformersConditioner
 __all__ = ["AnyConditioner", "FeatureSource", "image_arrays", "reads", "text_arrays"]
 
 AnyConditioner = Conditioner | TransformersConditioner
-Chosen = Sequence[int | Sequence[int]]  # of each sample one caption (or view), or several
+Chosen = Sequence[int | Sequence[int] | np.ndarray]  # of each sample one caption (or view), or several
 
 
 def reads(conditioner: AnyConditioner, kind: str) -> bool:

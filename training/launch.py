@@ -8,7 +8,7 @@ import os
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from ..errors import UserError
 from .config import RunConfig
@@ -40,6 +40,8 @@ def launch(run: RunConfig, *, shardable: bool) -> Accelerator:
         cpu=cpu and not zero,
         mixed_precision=precision,
         kwargs_handlers=handlers,
+        # Parts are accumulated by the loop; left to the environment, a DeepSpeed file's "auto" would be read as a number.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         step_scheduler_with_optimizer=False,
     )
     _check_ranks(run, accelerator, sharding=sharding)

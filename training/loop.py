@@ -41,6 +41,8 @@ class NonFiniteLoss(UserError):
 class LostRank(UserError):
     """Another rank ended or does not answer."""
 
+    leaves_at_once = True  # gloo's threads, which wait for that rank, abort a process that cleans up
+
 
 @dataclass
 class Stage:
@@ -304,7 +306,7 @@ def evaluate(stage: Stage, parallel: Parallel, ema: Ema, log: Log) -> None:
     module, step = ema.module(), log.progress.step
     if parallel.accelerator.is_main_process:
         try:
-            metrics = stage.evaluate(module, step)
+            metrics = stage.evaluate(module.to(parallel.accelerator.device), step)
             log.write({f"eval/{name}": value for name, value in metrics.items()})
             log.bar.update(0, **metrics)
         except Exception as error:  # a picture or a score is not worth a run
