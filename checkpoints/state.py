@@ -83,6 +83,7 @@ class StateWriter:
         self.rank, self.world, self.barrier = rank, world, barrier
         self.patience_s, self.keep_last, self.keep_every = patience_s, keep_last, keep_every
         self.waited_s = 0.0  # time the loop has stood still for states
+        self.written_s = 0.0  # time the last state took, from begin to its end
         self._room: dict[str, torch.Tensor] = {}  # host memory for this rank's share, used again by each state
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
@@ -111,6 +112,11 @@ class StateWriter:
         self._thread = threading.Thread(target=self._write, args=(aside, held, details), daemon=True)
         self._thread.start()
         self.waited_s += time.monotonic() - began
+
+    @property
+    def writing(self) -> bool:
+        """Whether a state is being written."""
+        return self._thread is not None and self._thread.is_alive()
 
     def before_update(self) -> None:
         """Wait until nothing of a state is still to be read from the weights; they may then change."""
@@ -144,7 +150,7 @@ class StateWriter:
 
     def _write(self, aside: Path, held: dict[str, torch.Tensor], details: dict[str, Any]) -> None:
         """This rank's part; on the main rank also what makes a state of the parts."""
-        self._error = ""
+        self._error, began = "", time.monotonic()
         try:
             try:
                 self._copy(held)
@@ -161,6 +167,7 @@ class StateWriter:
             if self.rank == 0:
                 self._await_parts(aside)
                 self._publish(aside, details)
+            self.written_s = time.monotonic() - began
         except (OSError, SafetensorError, RuntimeError) as error:
             self._give_up(aside, details["step"], error)
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from ..checkpoints.clip import publish_clip
 from ..config import Config
-from ..data_pipes.grammar import parse
 from ..data_pipes.fingerprint import data_fingerprint
+from ..data_pipes.grammar import parse
 from ..data_pipes.loader import Batches, RawDataset, RawSample
 from ..data_pipes.render import composite
 from ..errors import UserError

@@ -38,7 +38,7 @@ class Parallel:
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
         self.accelerator = accelerator
         self.model, self.optimiser = accelerator.prepare(model, optimiser)
-        self.bare = accelerator.unwrap_model(self.model)
+        self.bare = model  # launchers wrap it or change it in place
         self.sharded = any(isinstance(p, DTensor) for p in self.bare.parameters())
 
     # --- a step
