@@ -40,7 +40,7 @@ def launch(run: RunConfig, *, shardable: bool) -> Accelerator:
         cpu=cpu and not zero,
         mixed_precision=precision,
         kwargs_handlers=handlers,
-        # Parts are accumulated by the loop; left to the environment, a DeepSpeed file's "auto" would be read as a number.
+        # The loop accumulates; what the environment says is not for it, and "auto" in a DeepSpeed file is no number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         step_scheduler_with_optimizer=False,
     )
