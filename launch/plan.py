@@ -193,8 +193,8 @@ def features_of(preset: str) -> Features:
     encode = load_config(EncodeRun, preset, "encode") if "encode" in sections else EncodeRun()
     if "clip" in sections:
         clip = ClipModelConfig(**sections["clip"].get("model", {}))
-        towers = {"embed_dim": clip.embed_dim, "vision_cfg": clip.vision_cfg}
-        towers["text_cfg"] = {"width": clip.text_width, "context_length": clip.context_length}
+        text = {"width": clip.text_width, "context_length": clip.context_length}
+        towers: dict[str, Any] = {"embed_dim": clip.embed_dim, "vision_cfg": clip.vision_cfg, "text_cfg": text}
     else:
         import open_clip
 

@@ -90,8 +90,8 @@ def denoiser_flops(
 ) -> Flops:
     """Of `models.denoiser.Denoiser` with these settings.
 
-    With width D, N tokens in all (noise level, conditions, n latent tokens of width c), a block is 12·N·D² multiply-adds
-    in matrices (query, key, value and output 4, MLP 8) and 2·N²·D in attention. Around them: the noise level's MLP 8·D²,
+    With width D and N tokens (noise level, conditions, n latent tokens of width c), a block is 12·N·D² multiply-adds in
+    matrices (query, key, value and output 4, MLP 8) and 2·N²·D in attention. Around them: the noise level's MLP 8·D²,
     each condition token its width times D, the modulation 6·D², the latents in and out 2·n·c·D. Checkpointing makes the
     blocks again, up to the last product whose result a gradient needs: the MLP's second only where it is modulated.
 
