@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ..models.denoiser import Condition, Denoiser
+from ..models.denoiser import Denoiser
+from .objectives import prediction_loss
 
 __all__ = [
     "Flops",
@@ -190,13 +192,13 @@ def step_memory(
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         tensors = _batch(model, batch, text_tokens, image_tokens)
         live = _LiveBytes([*model.parameters(), *model.buffers(), *tensors.values()])
-        autocast = nullcontext() if precision == "no" else torch.autocast("cpu", dtype)
+        if precision != "no":  # as accelerate does it
+            model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype)(model.forward))
         with live:
             for _ in range(min(parts, 2)):
-                with autocast:
-                    loss = _loss(model, tensors)
-                loss.backward()
-                del loss
+                loss_B, _ = prediction_loss(model, tensors, prediction=model.config.prediction)
+                loss_B.mean().backward()
+                del loss_B
         return StepMemory(sizes, sum(value.nbytes for value in tensors.values()), live.peak)
 
 
@@ -220,6 +222,7 @@ def _batch(model: Denoiser, batch: int, text_tokens: int, image_tokens: int) -> 
         "latent": latent,
         "noise": torch.zeros_like(latent),
         "time": torch.zeros(batch),
+        "signal_power": torch.ones(batch),
         "text_tokens": torch.zeros(batch, text, config.text_width),
         "text_mask": torch.ones(batch, text, dtype=torch.bool),
         "text_pooled": torch.zeros(batch, config.pooled_width),
@@ -228,15 +231,6 @@ def _batch(model: Denoiser, batch: int, text_tokens: int, image_tokens: int) -> 
         "image_pooled": torch.zeros(batch, config.pooled_width),
         "has_image": torch.ones(batch, dtype=torch.bool),
     }
-
-
-def _loss(model: Denoiser, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """As training/objectives.py computes it."""
-    t_B11 = tensors["time"][:, None, None]
-    x_BLC = (1 - t_B11) * tensors["latent"] + t_B11 * tensors["noise"]
-    condition = Condition(**{name: tensors[name] for name in Condition.__dataclass_fields__})
-    velocity_BLC = model(x_BLC, tensors["time"], condition).float()
-    return (velocity_BLC - (tensors["noise"] - tensors["latent"])).square().mean((1, 2)).mean()
 
 
 # --- memory of a rank ------------------------------------------------------------------------------------------------
