@@ -29,6 +29,7 @@ __all__ = [
     "Sizes",
     "StepMemory",
     "denoiser_flops",
+    "evaluation_memory",
     "memory_per_rank",
     "sizes_of",
     "step_memory",
@@ -202,6 +203,17 @@ def step_memory(
         return StepMemory(sizes, sum(value.nbytes for value in tensors.values()), live.peak)
 
 
+def evaluation_memory(settings: Mapping[str, Any], *, samples: int, text_tokens: int = 1, image_tokens: int = 1) -> int:
+    """Bytes that evaluating the loss of `samples` at once holds beside the weights, in float32 and without a graph."""
+    with FakeTensorMode(), torch.no_grad():
+        model = Denoiser(**settings)
+        live = _LiveBytes([*model.parameters(), *model.buffers()])
+        with live:
+            tensors = _batch(model, samples, text_tokens, image_tokens)
+            prediction_loss(model, tensors, prediction=model.config.prediction)
+        return live.peak
+
+
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
@@ -261,6 +273,7 @@ def memory_per_rank(
     reshard: bool = True,
     offload_optimiser: bool = False,
     offload_weights: bool = False,
+    evaluation: int = 0,
 ) -> Memory:
     """What a rank holds at the fullest moment of a step, in a layout of training/parallel.py.
 
@@ -272,20 +285,29 @@ def memory_per_rank(
         in the precision of the pass; all weights where blocks are not let go of. ZeRO: its bucket of gradients;
         in ZeRO-1 and 2 the rank's own part of the weights once more, which AdamW updates, and in ZeRO-1 of the
         averaged gradients; in ZeRO-3 the gathered weights, which it keeps up to its limit.
+    between steps: what evaluating, or gathering the rank's share of a state, takes beyond what a step leaves free.
     saving (host): the rank's share of a state, copied there to be written while training goes on.
+    evaluation (host): on the main rank, where weights are in shards: they are gathered and evaluated there.
     """
     sizes, n = step.sizes, ranks
+    in_shards = layout in ("fsdp2", "zero3")
     spread = {"one": (), "ddp": (), "zero1": ("AdamW",), "zero2": ("AdamW", "gradients")}
-    parts = {"weights": sizes.parameters, "gradients": sizes.trained, "AdamW": 2 * sizes.trained, "EMA": sizes.trained}
+    counts = {"weights": sizes.parameters, "gradients": sizes.trained, "AdamW": 2 * sizes.trained, "EMA": sizes.trained}
     held = {
-        name: FLOAT * (-(-count // n) if name in spread.get(layout, tuple(parts)) else count)
-        for name, count in parts.items()
+        name: FLOAT * (-(-count // n) if name in spread.get(layout, tuple(counts)) else count)
+        for name, count in counts.items()
     }
+    state = FLOAT * (sizes.parameters + 3 * sizes.trained)
+    gathered = {"one": 0, "ddp": 0, "zero1": 2 * FLOAT * sizes.trained, "zero2": 2 * FLOAT * sizes.trained}
     whole_gradients = layout in ("one", "ddp", "zero1")
     held["activations"] = step.peak - (held["gradients"] if whole_gradients else 0)
     held["exchange"] = _exchange(sizes, layout, n, precision=precision, reshard=reshard)
     held["latents"] = step.batch
-    host = {"saving": FLOAT * (sizes.parameters + 3 * sizes.trained) // n}
+    between = max(0 if in_shards else evaluation, gathered.get(layout, state) // n)
+    held["between steps"] = max(0, between - held["gradients"] - held["activations"])
+    host = {"saving": state // n}
+    if in_shards:
+        host["evaluation"] = FLOAT * sizes.parameters + evaluation
     if offload_optimiser:
         for name in ("gradients", "AdamW"):
             host[name] = held.pop(name)
