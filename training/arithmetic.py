@@ -6,6 +6,7 @@ operations are counted by hand. Sizes are bytes, weights and their averages floa
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -182,7 +183,8 @@ def step_memory(
         weights_cast: they are in `precision` already (FSDP2 gathers them so), and autocast need not copy them.
     """
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    with FakeTensorMode():
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says which norms have no fused kernel
         with _default_dtype(dtype if weights_cast else torch.float32):
             model = Denoiser(**settings)
         sizes = sizes_of(model)
