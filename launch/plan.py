@@ -237,8 +237,11 @@ def features_of(preset: str) -> Features:
         text |= {"context_length": own.context_length, "vocab_size": own.vocab_size}
         config = {"embed_dim": own.embed_dim, "vision_cfg": own.vision_cfg, "text_cfg": text}
     with torch.device("meta"), torch.no_grad():
-        autoencoder = Autoencoder(**settings(AutoencoderRun, "autoencoder").model.model_dump())
-        clip = CLIP(**config)
+        try:
+            autoencoder = Autoencoder(**settings(AutoencoderRun, "autoencoder").model.model_dump())
+            clip = CLIP(**config)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"preset {preset}: its autoencoder or CLIP cannot be built ({error})") from None
         size = config["vision_cfg"].get("image_size", 224)
         picture, ids = torch.zeros(1, 3, size, size), torch.zeros(1, clip.context_length, dtype=torch.long)
         out = clip.forward_intermediates(image=picture, text=ids, image_indices=1, text_indices=1)
