@@ -35,6 +35,7 @@ from .shards import LATENT_FORMAT, ShardFolder
 
 __all__ = ["LatentDataset", "LatentSample", "LatentSums", "encode_latent_sample"]
 
+CACHE_BYTES = 2 << 30  # decoded samples that a dataset keeps
 PICTURE = "lit_"  # names of pictures begin so, as in raw shards
 
 
@@ -109,7 +110,9 @@ class LatentDataset:
     Raises: UserError if the folder is not one of latents, or is damaged.
     """
 
-    def __init__(self, folder: str | Path | ShardFolder, split: str | None = None, cache_bytes: int = 2 << 30) -> None:
+    def __init__(
+        self, folder: str | Path | ShardFolder, split: str | None = None, cache_bytes: int = CACHE_BYTES
+    ) -> None:
         self.shards = folder if isinstance(folder, ShardFolder) else ShardFolder(folder, LATENT_FORMAT)
         self.indices = self.shards.where(split)
         self._cached_features = self.shards.manifest["settings"].get("features", "cached") == "cached"

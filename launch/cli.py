@@ -259,7 +259,6 @@ def train_denoiser(
 def plan(
     preset: Annotated[str, typer.Option(help="A preset's name, or a YAML file of that form.")],
     accelerate: Annotated[Path, typer.Option(help="The file for accelerate launch --config_file.")],
-    stage: Annotated[str, typer.Option(help="What is trained.")] = "denoiser",
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Processes on all machines.", show_default="the file's num_processes")
     ] = None,
@@ -278,7 +277,6 @@ def plan(
     made = make_plan(
         preset,
         accelerate,
-        stage=stage,
         ranks=ranks,
         device_tflops=device_tflops,
         samples=samples,

@@ -7,25 +7,47 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from open_clip import get_model_config
+from open_clip.model import CLIP
+from pydantic import BaseModel
 
 from ..config import load_config, preset_path, read_settings_file
+from ..data_pipes.latents import CACHE_BYTES
 from ..errors import UserError
-from ..training.arithmetic import Flops, Memory, StepMemory, denoiser_flops, memory_per_rank, step_memory
-from ..training.autoencoder import AutoencoderModelConfig
-from ..training.clip import ClipModelConfig
-from ..training.denoiser import DenoiserRun
+from ..models.autoencoder import Autoencoder
+from ..training.arithmetic import (
+    Flops,
+    Memory,
+    StepMemory,
+    denoiser_flops,
+    evaluation_memory,
+    memory_per_rank,
+    step_memory,
+)
+from ..training.autoencoder import AutoencoderRun
+from ..training.clip import ClipRun
+from ..training.curriculum import check_curriculum
+from ..training.denoiser import DenoiserRun, check_objective
 from ..training.encode import EncodeRun
 from .launch_file import LaunchFile, read_launch_file
 
 __all__ = ["Plan", "make_plan", "show"]
 
-CLIP = "ViT-L-14-quickgelu"  # what encodes where a preset trains no CLIP of its own
+CLIP_NAME = "ViT-L-14-quickgelu"  # what encodes where a preset trains no CLIP of its own
+
+AnyRun = TypeVar("AnyRun", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class Features:
-    """Sizes of a latent sample; text_tokens is the longest caption, n_captions and n_views are those stored."""
+    """Sizes of a latent sample; text_tokens is the longest caption, n_captions and n_views are those stored.
+
+    cached: text and image features are stored; else they are computed of pictures, whose size is not known here.
+    frozen: numbers of parameters of the autoencoder and CLIP, which every rank loads beside the denoiser.
+    """
 
     n_latents: int
     channels: int
@@ -36,21 +58,20 @@ class Features:
     image_tokens: int
     n_captions: int
     n_views: int
+    cached: bool
+    frozen: int
 
     @property
     def stored_bytes(self) -> int:
-        """Of one sample in a latent shard, which is float16 and read whole."""
+        """Of one sample in a latent shard, which is float16 and read whole; without pictures."""
         text = self.n_captions * (self.text_tokens * self.text_width + self.pooled_width)
         image = self.n_views * (self.image_tokens * self.image_width + self.pooled_width)
-        return 2 * (self.n_latents * self.channels + text + image)
+        return 2 * (self.n_latents * self.channels + (text + image if self.cached else 0))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """samples: trained on in all; device_tflops: what a device does a second, 0 where nobody said.
-
-    libraries: bytes that interpreter and libraries hold in a process; it counts where ranks run on the CPU.
-    """
+    """samples: trained on in all; device_tflops: what a device does a second in 1e12, 0 where nobody said."""
 
     run: DenoiserRun
     launch: LaunchFile
@@ -62,29 +83,31 @@ class Plan:
     sequence: int
     samples: int
     device_tflops: float
-    libraries: int
+
+    @property
+    def cpu(self) -> bool:
+        """The ranks have no GPU: device and host memory are one."""
+        return self.launch.cpu or self.run.cpu
 
     @property
     def flops_per_step(self) -> int:
         return self.run.batch_size * self.flops.training(checkpointing=self.run.gradient_checkpointing)
 
-    @property
-    def step_seconds(self) -> float | None:
-        if not self.device_tflops:
-            return None
-        return self.flops_per_step / (self.ranks * self.device_tflops * 1e12)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; memory in bytes of one rank."""
-        run, seconds = self.run, self.step_seconds
+        run, sizes, seconds = self.run, self.step.sizes, None
+        if self.device_tflops:
+            seconds = self.flops_per_step / (self.ranks * self.device_tflops * 1e12)
         per_second = run.batch_size / seconds if seconds else None
         return {
             "layout": self.launch.layout,
             "ranks": self.ranks,
-            "parameters": self.step.sizes.parameters,
+            "cpu": self.cpu,
+            "parameters": sizes.parameters,
             "device": self.memory.device,
             "device_total": self.memory.device_total,
-            "host": self.memory.host | ({"libraries": self.libraries} if self.launch.cpu or run.cpu else {}),
+            "host": self.memory.host,
+            "host_total": self.memory.host_total,
             "batch_size": run.batch_size,
             "batch_per_rank": run.batch_size // self.ranks,
             "accumulate": run.accumulate,
@@ -93,7 +116,7 @@ class Plan:
             "flops_per_step": self.flops_per_step,
             "model_flops_per_sample": self.flops.training(),
             "stored_bytes_per_sample": self.features.stored_bytes,
-            "state_bytes": 4 * (self.step.sizes.parameters + 3 * self.step.sizes.trained),
+            "state_bytes": 4 * (sizes.parameters + 3 * sizes.trained),
             "samples": self.samples,
             "step_s": seconds,
             "total_s": self.samples / per_second if per_second else None,
@@ -105,7 +128,6 @@ def make_plan(
     preset: str,
     accelerate: Path,
     *,
-    stage: str = "denoiser",
     ranks: int | None = None,
     device_tflops: float = 0.0,
     samples: int | None = None,
@@ -114,25 +136,26 @@ def make_plan(
     """Raises UserError for files that will not do, counts that do not divide, and settings that contradict each other.
 
     Args:
+        preset: as for a training: NAME, a file, or NAME:SECTION.
         ranks: in place of the file's num_processes.
         samples: to train on; else steps times batch_size of the run.
     """
-    name, _, section = preset.partition(":")
-    if stage != "denoiser":
-        raise UserError(f"plan counts the denoiser alone, not '{stage}'")
     libraries = resident_bytes()
-    run = load_config(DenoiserRun, name, section or stage, overrides=overrides or [])
+    name, _, section = preset.partition(":")
+    run = load_config(DenoiserRun, name, section or "denoiser", overrides=overrides or [])
     file = read_launch_file(accelerate)
-    n = ranks or file.processes
-    check(run, file, n)
+    ranks = ranks or file.processes
+    check(run, file, ranks)
     features = features_of(name)
+    check_curriculum(run.curriculum, features.n_latents, run.model.patch)
+    samples = samples or run.steps * run.batch_size
     widths = ("n_latents", "channels", "text_width", "image_width", "pooled_width")
     settings = {key: getattr(features, key) for key in widths} | run.model.model_dump()
-    tokens = {"text_tokens": features.text_tokens, "image_tokens": features.image_tokens}
+    tokens = {"text_tokens": features.text_tokens, "image_tokens": run.max_views * features.image_tokens}
     try:
         step = step_memory(
             settings,
-            batch=run.batch_size // n // run.accumulate,
+            batch=run.batch_size // ranks // run.accumulate,
             checkpointing=run.gradient_checkpointing,
             precision=run.precision,
             parts=run.accumulate,
@@ -140,29 +163,44 @@ def make_plan(
             weights_cast=file.layout == "fsdp2",
             **tokens,
         )
+        at_once = max(run.eval_samples, 3 * run.sheet_samples)  # two guidances are three evaluations of a sample
+        evaluation = evaluation_memory(settings, samples=at_once, **tokens)
     except ValueError as error:
         raise UserError(f"model: {error}") from None
-    offload = {"offload_optimiser": file.offload_optimiser, "offload_weights": file.offload_weights}
-    memory = memory_per_rank(step, file.layout, n, precision=run.precision, reshard=file.reshard, **offload)
+    memory = memory_per_rank(
+        step,
+        file.layout,
+        ranks,
+        precision=run.precision,
+        reshard=file.reshard,
+        offload_optimiser=file.offload_optimiser,
+        offload_weights=file.offload_weights,
+        evaluation=evaluation,
+    )
+    beside = {
+        "autoencoder and CLIP": 4 * features.frozen,
+        "samples kept": min(CACHE_BYTES, -(-samples // ranks) * features.stored_bytes),
+        "libraries": libraries,
+    }
     prefix = {"text_pooled": 1, "image_pooled": 1, **tokens}
     return Plan(
         run=run,
         launch=file,
-        ranks=n,
+        ranks=ranks,
         features=features,
         step=step,
-        memory=memory,
+        memory=Memory(memory.device, memory.host | beside),
         flops=denoiser_flops(settings, **tokens),
         sequence=1 + sum(prefix[c] for c in run.model.conditions) + features.n_latents // run.model.patch,
-        samples=samples or run.steps * run.batch_size,
+        samples=samples,
         device_tflops=device_tflops,
-        libraries=libraries,
     )
 
 
 def check(run: DenoiserRun, file: LaunchFile, ranks: int) -> None:
     """What `training.launch` would refuse, and what it cannot see before ranks are started."""
     cpu = run.cpu or file.cpu
+    check_objective(run)
     if file.layout == "one" and ranks > 1:
         raise UserError(f"{file.path} is for one process, not {ranks}: take ddp.yaml, fsdp2.yaml or zero2.yaml")
     if run.processes not in (None, ranks):
@@ -186,41 +224,42 @@ def check(run: DenoiserRun, file: LaunchFile, ranks: int) -> None:
 
 
 def features_of(preset: str) -> Features:
-    """As the preset's own autoencoder, CLIP and encoding make them."""
+    """As the preset's own autoencoder, CLIP and encoding make them: built, and CLIP run, on no device at all."""
     sections = read_settings_file(preset_path(preset), "preset")
-    model = sections.get("autoencoder", {}).get("model", {})
-    autoencoder = AutoencoderModelConfig(**{k: v for k, v in model.items() if k in ("n_latents", "channels")})
-    encode = load_config(EncodeRun, preset, "encode") if "encode" in sections else EncodeRun()
-    if "clip" in sections:
-        clip = ClipModelConfig(**sections["clip"].get("model", {}))
-        towers = {"embed_dim": clip.embed_dim, "vision_cfg": clip.vision_cfg}
-        towers["text_cfg"] = {"width": clip.text_width, "context_length": clip.context_length}
-    else:
-        import open_clip
 
-        towers = open_clip.get_model_config(CLIP)
-    width, tokens = grid_of(towers["vision_cfg"])
+    def settings(cls: type[AnyRun], section: str) -> AnyRun:
+        return load_config(cls, preset, section) if section in sections else cls()
+
+    encode, config = settings(EncodeRun, "encode"), get_model_config(CLIP_NAME)
+    if "clip" in sections:
+        own = settings(ClipRun, "clip").model
+        text = {key: getattr(own, f"text_{key}") for key in ("width", "heads", "layers")}
+        text |= {"context_length": own.context_length, "vocab_size": own.vocab_size}
+        config = {"embed_dim": own.embed_dim, "vision_cfg": own.vision_cfg, "text_cfg": text}
+    with torch.device("meta"), torch.no_grad():
+        try:
+            autoencoder = Autoencoder(**settings(AutoencoderRun, "autoencoder").model.model_dump())
+            clip = CLIP(**config)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"preset {preset}: its autoencoder or CLIP cannot be built ({error})") from None
+        size = config["vision_cfg"].get("image_size", 224)
+        picture, ids = torch.zeros(1, 3, size, size), torch.zeros(1, clip.context_length, dtype=torch.long)
+        out = clip.forward_intermediates(image=picture, text=ids, image_indices=1, text_indices=1)
+    _, text_tokens, text_width = out["text_intermediates"][-1].shape
+    _, image_width, *grid = out["image_intermediates"][-1].shape
     return Features(
-        n_latents=autoencoder.n_latents,
-        channels=autoencoder.channels,
-        text_width=towers["text_cfg"]["width"],
-        image_width=width,
-        pooled_width=towers["embed_dim"],
-        text_tokens=towers["text_cfg"].get("context_length", 77),
-        image_tokens=tokens,
+        n_latents=autoencoder.config.n_latents,
+        channels=autoencoder.config.channels,
+        text_width=text_width,
+        image_width=image_width,
+        pooled_width=out["image_features"].shape[-1],
+        text_tokens=text_tokens,
+        image_tokens=grid[0] * grid[1],
         n_captions=encode.n_captions,
         n_views=encode.n_views,
+        cached=encode.features == "cached",
+        frozen=sum(p.numel() for model in (autoencoder, clip) for p in model.parameters()),
     )
-
-
-def grid_of(vision: dict[str, Any]) -> tuple[int, int]:
-    """Width and number of the tokens of open_clip's image towers: a ResNet's last grid, a ViT's patches."""
-    size, layers = vision.get("image_size", 224), vision.get("layers", 12)
-    if "timm_model_name" in vision:
-        raise UserError(f"plan does not know the image tokens of {vision['timm_model_name']}")
-    if isinstance(layers, int):
-        return vision.get("width", 768), (size // vision.get("patch_size", 16)) ** 2
-    return 32 * vision.get("width", 64), (size // 32) ** 2
 
 
 def resident_bytes() -> int:
@@ -239,29 +278,31 @@ def show(plan: Plan) -> str:
 
 
 def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
-    run, facts = plan.run, plan.to_dict()
-    cpu = plan.launch.cpu or run.cpu
+    run, facts, memory = plan.run, plan.to_dict(), plan.memory
     yield "layout", f"{plan.launch.layout}, {plan.ranks} rank{'s' * (plan.ranks > 1)} ({plan.launch.path.name})"
     yield "parameters", f"{plan.step.sizes.parameters:,}"
     yield "batch", f"{run.batch_size}: {run.batch_size // plan.ranks} a rank, in {run.accumulate} part(s)"
     yield "tokens a step", f"{facts['tokens_per_step']:,} ({plan.sequence} a sample)"
     recomputed = ", blocks computed twice" if run.gradient_checkpointing else ""
     yield "operations a step", f"{plan.flops_per_step / 1e12:,.3f} TFLOP{recomputed}"
-    yield f"memory of a rank, {'' if cpu else 'GPU, '}GB", ""
-    for name, size in plan.memory.device.items():
-        yield f"  {name}", f"{size / 1e9:9.3f}"
-    if cpu:
-        yield "  libraries", f"{plan.libraries / 1e9:9.3f}"
-    yield "  in all", f"{(plan.memory.device_total + (plan.libraries if cpu else 0)) / 1e9:9.3f}"
-    yield "beside it, host, GB", ""
-    for name, size in plan.memory.host.items():
-        yield f"  {name}", f"{size / 1e9:9.3f}"
-    yield "a state on disk, GB", f"  {facts['state_bytes'] / 1e9:9.3f}"
-    yield "a sample on disk, MB", f"  {plan.features.stored_bytes / 1e6:9.3f}"
+    if plan.cpu:
+        yield from _sizes("memory of a rank", memory.device | memory.host)
+    else:
+        yield from _sizes("memory of a GPU", memory.device)
+        yield from _sizes("host memory of a rank", memory.host)
+    yield "a state on disk", f"{facts['state_bytes'] / 1e9:9.3f} GB"
+    pictures = "" if plan.features.cached else " and its pictures"
+    yield "a sample on disk", f"{plan.features.stored_bytes / 1e6:9.3f} MB{pictures}"
     if facts["step_s"] is not None:
-        yield "time of a step", f"{facts['step_s']:.3f} s at {plan.device_tflops:g} TFLOP/s a device"
-        yield "latents read", f"{facts['read_bytes_per_s'] / 1e6:,.1f} MB/s by all ranks"
-        yield f"time to {plan.samples:,} samples", duration(facts["total_s"])
+        yield "time of a step", f"{facts['step_s']:9.3f} s at {plan.device_tflops:g} TFLOP/s a device"
+        yield "latents read", f"{facts['read_bytes_per_s'] / 1e6:9,.1f} MB/s by all ranks{pictures}"
+        yield f"time to {plan.samples:,} samples", f"  {duration(facts['total_s'])}"
+
+
+def _sizes(title: str, sizes: dict[str, int]) -> Iterator[tuple[str, str]]:
+    yield title, f"{sum(sizes.values()) / 1e9:9.3f} GB"
+    for name, size in sizes.items():
+        yield f"  {name}", f"{size / 1e9:9.3f}"
 
 
 def duration(seconds: float) -> str:

@@ -6,19 +6,22 @@ operations are counted by hand. Sizes are bytes, weights and their averages floa
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ..models.denoiser import Condition, Denoiser
+from ..models.denoiser import Denoiser
+from .objectives import prediction_loss
 
 __all__ = [
     "Flops",
@@ -27,6 +30,7 @@ __all__ = [
     "Sizes",
     "StepMemory",
     "denoiser_flops",
+    "evaluation_memory",
     "memory_per_rank",
     "sizes_of",
     "step_memory",
@@ -90,8 +94,8 @@ def denoiser_flops(
 ) -> Flops:
     """Of `models.denoiser.Denoiser` with these settings.
 
-    With width D, N tokens in all (noise level, conditions, n latent tokens of width c), a block is 12·N·D² multiply-adds
-    in matrices (query, key, value and output 4, MLP 8) and 2·N²·D in attention. Around them: the noise level's MLP 8·D²,
+    With width D and N tokens (noise level, conditions, n latent tokens of width c), a block is 12·N·D² multiply-adds in
+    matrices (query, key, value and output 4, MLP 8) and 2·N²·D in attention. Around them: the noise level's MLP 8·D²,
     each condition token its width times D, the modulation 6·D², the latents in and out 2·n·c·D. Checkpointing makes the
     blocks again, up to the last product whose result a gradient needs: the MLP's second only where it is modulated.
 
@@ -179,7 +183,8 @@ def step_memory(
         weights_cast: they are in `precision` already (FSDP2 gathers them so), and autocast need not copy them.
     """
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    with FakeTensorMode():
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says which norms have no fused kernel
         with _default_dtype(dtype if weights_cast else torch.float32):
             model = Denoiser(**settings)
         sizes = sizes_of(model)
@@ -190,14 +195,25 @@ def step_memory(
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         tensors = _batch(model, batch, text_tokens, image_tokens)
         live = _LiveBytes([*model.parameters(), *model.buffers(), *tensors.values()])
-        autocast = nullcontext() if precision == "no" else torch.autocast("cpu", dtype)
+        if precision != "no":  # as accelerate does it
+            model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype)(model.forward))
         with live:
             for _ in range(min(parts, 2)):
-                with autocast:
-                    loss = _loss(model, tensors)
-                loss.backward()
-                del loss
+                loss_B, _ = prediction_loss(model, tensors, prediction=model.config.prediction)
+                loss_B.mean().backward()
+                del loss_B
         return StepMemory(sizes, sum(value.nbytes for value in tensors.values()), live.peak)
+
+
+def evaluation_memory(settings: Mapping[str, Any], *, samples: int, text_tokens: int = 1, image_tokens: int = 1) -> int:
+    """Bytes that evaluating the loss of `samples` at once holds beside the weights, in float32 and without a graph."""
+    with FakeTensorMode(), torch.no_grad():
+        model = Denoiser(**settings)
+        live = _LiveBytes([*model.parameters(), *model.buffers()])
+        with live:
+            tensors = _batch(model, samples, text_tokens, image_tokens)
+            prediction_loss(model, tensors, prediction=model.config.prediction)
+        return live.peak
 
 
 @contextmanager
@@ -220,6 +236,7 @@ def _batch(model: Denoiser, batch: int, text_tokens: int, image_tokens: int) -> 
         "latent": latent,
         "noise": torch.zeros_like(latent),
         "time": torch.zeros(batch),
+        "signal_power": torch.ones(batch),
         "text_tokens": torch.zeros(batch, text, config.text_width),
         "text_mask": torch.ones(batch, text, dtype=torch.bool),
         "text_pooled": torch.zeros(batch, config.pooled_width),
@@ -228,15 +245,6 @@ def _batch(model: Denoiser, batch: int, text_tokens: int, image_tokens: int) -> 
         "image_pooled": torch.zeros(batch, config.pooled_width),
         "has_image": torch.ones(batch, dtype=torch.bool),
     }
-
-
-def _loss(model: Denoiser, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """As training/objectives.py computes it."""
-    t_B11 = tensors["time"][:, None, None]
-    x_BLC = (1 - t_B11) * tensors["latent"] + t_B11 * tensors["noise"]
-    condition = Condition(**{name: tensors[name] for name in Condition.__dataclass_fields__})
-    velocity_BLC = model(x_BLC, tensors["time"], condition).float()
-    return (velocity_BLC - (tensors["noise"] - tensors["latent"])).square().mean((1, 2)).mean()
 
 
 # --- memory of a rank ------------------------------------------------------------------------------------------------
@@ -267,6 +275,7 @@ def memory_per_rank(
     reshard: bool = True,
     offload_optimiser: bool = False,
     offload_weights: bool = False,
+    evaluation: int = 0,
 ) -> Memory:
     """What a rank holds at the fullest moment of a step, in a layout of training/parallel.py.
 
@@ -278,20 +287,29 @@ def memory_per_rank(
         in the precision of the pass; all weights where blocks are not let go of. ZeRO: its bucket of gradients;
         in ZeRO-1 and 2 the rank's own part of the weights once more, which AdamW updates, and in ZeRO-1 of the
         averaged gradients; in ZeRO-3 the gathered weights, which it keeps up to its limit.
+    between steps: what evaluating, or gathering the rank's share of a state, takes beyond what a step leaves free.
     saving (host): the rank's share of a state, copied there to be written while training goes on.
+    evaluation (host): on the main rank, where weights are in shards: they are gathered and evaluated there.
     """
     sizes, n = step.sizes, ranks
+    in_shards = layout in ("fsdp2", "zero3")
     spread = {"one": (), "ddp": (), "zero1": ("AdamW",), "zero2": ("AdamW", "gradients")}
-    parts = {"weights": sizes.parameters, "gradients": sizes.trained, "AdamW": 2 * sizes.trained, "EMA": sizes.trained}
+    counts = {"weights": sizes.parameters, "gradients": sizes.trained, "AdamW": 2 * sizes.trained, "EMA": sizes.trained}
     held = {
-        name: FLOAT * (-(-count // n) if name in spread.get(layout, tuple(parts)) else count)
-        for name, count in parts.items()
+        name: FLOAT * (-(-count // n) if name in spread.get(layout, tuple(counts)) else count)
+        for name, count in counts.items()
     }
+    state = FLOAT * (sizes.parameters + 3 * sizes.trained)
+    gathered = {"one": 0, "ddp": 0, "zero1": 2 * FLOAT * sizes.trained, "zero2": 2 * FLOAT * sizes.trained}
     whole_gradients = layout in ("one", "ddp", "zero1")
     held["activations"] = step.peak - (held["gradients"] if whole_gradients else 0)
     held["exchange"] = _exchange(sizes, layout, n, precision=precision, reshard=reshard)
     held["latents"] = step.batch
-    host = {"saving": FLOAT * (sizes.parameters + 3 * sizes.trained) // n}
+    between = max(0 if in_shards else evaluation, gathered.get(layout, state) // n)
+    held["between steps"] = max(0, between - held["gradients"] - held["activations"])
+    host = {"saving": state // n}
+    if in_shards:
+        host["evaluation"] = FLOAT * sizes.parameters + evaluation
     if offload_optimiser:
         for name in ("gradients", "AdamW"):
             host[name] = held.pop(name)
