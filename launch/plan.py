@@ -32,6 +32,7 @@ from ..training.clip import ClipRun
 from ..training.curriculum import check_curriculum
 from ..training.denoiser import DenoiserRun, check_objective
 from ..training.encode import EncodeRun
+from ..training.samples import CHUNK
 from .launch_file import LaunchFile, read_launch_file
 
 __all__ = ["Plan", "make_plan", "show"]
@@ -163,7 +164,8 @@ def make_plan(
             weights_cast=file.layout == "fsdp2",
             **tokens,
         )
-        at_once = max(run.eval_samples, 3 * run.sheet_samples)  # two guidances are three evaluations of a sample
+        sampled = min(CHUNK, max(run.sheet_samples, run.score_samples))
+        at_once = max(run.eval_samples, 3 * sampled)  # two guidances are three evaluations of a sample
         evaluation = evaluation_memory(settings, samples=at_once, **tokens)
     except ValueError as error:
         raise UserError(f"model: {error}") from None

@@ -194,8 +194,9 @@ def test_each_layout_spreads_what_it_should():
             assert memory.device[name] == one[name] // (4 if name in shared else 1), (layout, name)
         assert memory.host["saving"] == 5 * p // 4 - p // 4  # weights, EMA and two averages, written by four
     assert memory_per_rank(step, "ddp", 4).device["exchange"] == p
+    assert all(memory_per_rank(spread, zero, 4).device["weights for AdamW"] == p // 4 for zero in ("zero2", "zero3"))
     offloaded = memory_per_rank(spread, "zero3", 4, offload_optimiser=True, offload_weights=True)
-    assert not {"weights", "gradients", "AdamW", "EMA"} & offloaded.device.keys()
+    assert not {"weights", "gradients", "AdamW", "EMA", "weights for AdamW"} & offloaded.device.keys()
     assert offloaded.host["AdamW"] == 2 * p // 4
 
 

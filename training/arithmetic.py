@@ -285,8 +285,9 @@ def memory_per_rank(
     exchange: DDP: a copy of the gradients, in the buckets it sends them in. FSDP2: the weights outside the blocks,
         which stay gathered, two blocks (one at work, the next on its way) and as much of gradients on their way out,
         in the precision of the pass; all weights where blocks are not let go of. ZeRO: its bucket of gradients;
-        in ZeRO-1 and 2 the rank's own part of the weights once more, which AdamW updates, and in ZeRO-1 of the
-        averaged gradients; in ZeRO-3 the gathered weights, which it keeps up to its limit.
+        in ZeRO-1 the rank's own part of the averaged gradients; in ZeRO-3 the gathered weights, which it keeps up to
+        its limit.
+    weights for AdamW: ZeRO has the rank's own part of the weights once more, which AdamW updates.
     between steps: what evaluating, or gathering the rank's share of a state, takes beyond what a step leaves free.
     saving (host): the rank's share of a state, copied there to be written while training goes on.
     evaluation (host): on the main rank, where weights are in shards: they are gathered and evaluated there.
@@ -305,31 +306,27 @@ def memory_per_rank(
     held["activations"] = step.peak - (held["gradients"] if whole_gradients else 0)
     held["exchange"] = _exchange(sizes, layout, n, precision=precision, reshard=reshard)
     held["latents"] = step.batch
+    held["weights for AdamW"] = FLOAT * -(-sizes.trained // n) if layout.startswith("zero") else 0
     between = max(0 if in_shards else evaluation, gathered.get(layout, state) // n)
     held["between steps"] = max(0, between - held["gradients"] - held["activations"])
     host = {"saving": state // n}
     if in_shards:
         host["evaluation"] = FLOAT * sizes.parameters + evaluation
     if offload_optimiser:
-        for name in ("gradients", "AdamW"):
-            host[name] = held.pop(name)
-        if layout.startswith("zero"):  # the part of the weights that AdamW updates there
-            host["weights for AdamW"] = FLOAT * -(-sizes.parameters // n)
+        host |= {name: held.pop(name) for name in ("gradients", "AdamW", "weights for AdamW")}
     if offload_weights:
-        for name in ("weights", "EMA"):
-            host[name] = held.pop(name)
-    return Memory({name: size for name, size in held.items() if size}, host)
+        host |= {name: held.pop(name) for name in ("weights", "EMA")}
+    return Memory(*({name: size for name, size in part.items() if size} for part in (held, host)))
 
 
 def _exchange(sizes: Sizes, layout: Layout, ranks: int, *, precision: str, reshard: bool) -> int:
     half = 2 if precision in ("bf16", "fp16") else FLOAT
-    part = FLOAT * -(-sizes.trained // ranks)
     sums: dict[Layout, Callable[[], int]] = {
         "one": lambda: 0,
         "ddp": lambda: FLOAT * sizes.trained,
         "fsdp2": lambda: half * (sizes.root + 4 * sizes.block if reshard else sizes.parameters + 2 * sizes.block),
-        "zero1": lambda: FLOAT * ZERO_BUCKET + 2 * part,
-        "zero2": lambda: FLOAT * ZERO_BUCKET + part,
+        "zero1": lambda: FLOAT * (ZERO_BUCKET - (-sizes.trained // ranks)),
+        "zero2": lambda: FLOAT * ZERO_BUCKET,
         "zero3": lambda: FLOAT * (ZERO_BUCKET + min(sizes.parameters, ZERO_LIVE)),
     }
     return sums[layout]()
