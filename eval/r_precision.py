@@ -274,7 +274,7 @@ def _image_conditioned(
     views = {prompt.uid: frontal_pictures(this.folder, prompt.index, first_only=True)[0] for prompt in every}
     pool_ND = embed_pictures([view[None] for view in views.values()], this.judge).embeddings
     hits_PN = np.array([[other.meaning == prompt.meaning for other in every] for prompt in some])
-    requests = [Request(seed, image=Image.fromarray(views[p.uid])) for p in some for seed in this.seeds]
+    requests = [Request(seed, views=(Image.fromarray(views[p.uid]),)) for p in some for seed in this.seeds]
     content = [[hashlib.sha256(views[p.uid].tobytes()).hexdigest(), seed] for p in some for seed in this.seeds]
     made = _objects("generated", _generated(this, "from-images", requests, content), len(this.seeds))
     place = {prompt.uid: index for index, prompt in enumerate(chosen)}

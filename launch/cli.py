@@ -366,11 +366,19 @@ def sample(
     out: Annotated[Path, typer.Option(help="Where the GLBs, PNGs and the contact sheet go.")],
     text: Annotated[list[str] | None, typer.Option(help="What to make; may be given several times.")] = None,
     image: Annotated[
-        list[Path] | None, typer.Option(help="A picture of what to make; may be given several times.")
+        list[Path] | None,
+        typer.Option(help="A picture of what to make, or a folder of views of it; may be given several times."),
     ] = None,
     seeds: Seeds = "0-3",
     text_guidance: TextGuidance = 3.0,
     image_guidance: ImageGuidance = 2.0,
+    guidance_interval: Annotated[
+        tuple[float, float],
+        typer.Option(metavar="LOW HIGH", help="Noise levels, 0 to 1, between which there is guidance."),
+    ] = (0.0, 1.0),
+    guidance_rescale: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="How much of the spread that guidance adds is taken back.")
+    ] = 0.0,
     steps: Steps = 24,
     resolution: Annotated[int, typer.Option(min=4, help="Points of the mesh's lattice along an edge.")] = 64,
     solver: Solver = "own",
@@ -387,6 +395,8 @@ def sample(
         out=out,
         text_guidance=text_guidance,
         image_guidance=image_guidance,
+        guidance_interval=guidance_interval,
+        guidance_rescale=guidance_rescale,
         steps=steps,
         resolution=resolution,
         solver=solver,

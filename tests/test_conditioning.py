@@ -12,6 +12,7 @@ from PIL import Image
 from shapeloom.data_pipes.latents import LatentSample
 from shapeloom.data_pipes.loader import order
 from shapeloom.errors import UserError
+from shapeloom.eval.generate import sample
 from shapeloom.models.denoiser import Condition, Denoiser
 from shapeloom.models.guidance import guided, shap_e_scheduler
 from shapeloom.models.hashing import weights_hash
@@ -206,6 +207,29 @@ def test_the_pipeline_takes_views_in_any_order_and_number(pipeline):
     assert not torch.allclose(with_text, z, atol=1e-3)
     out = pipeline(images=[[a, b]], seeds=[0], steps=1, resolution=8)
     assert out.latents.shape == (1, L, C)
+
+
+def test_a_folder_of_views_is_sampled_as_a_set(pipeline, tmp_path, monkeypatch):
+    """The whole way from files: the order of their names changes nothing, another view does."""
+    decoded = []
+    decode = pipeline.decode
+    monkeypatch.setattr(pipeline, "decode", lambda z: decoded.append(z) or decode(z))
+    for folder, seeds in {"ab": (0, 1), "ba": (1, 0), "a": (0,)}.items():
+        (tmp_path / folder).mkdir()
+        for i, seed in enumerate(seeds):
+            picture(seed).save(tmp_path / folder / f"{i}.png")
+    images = [tmp_path / "ab", tmp_path / "ba", tmp_path / "a", tmp_path / "a" / "0.png"]
+    options = {"steps": 3, "resolution": 8, "guidance_interval": (0.2, 0.9), "guidance_rescale": 0.5}
+    record = sample(pipeline, images=images, seeds=[0], out=tmp_path / "out", **options)
+    ab, ba, a, alone = decoded[0]
+    assert torch.allclose(ab, ba, atol=1e-5) and torch.allclose(a, alone, atol=1e-5)
+    assert not torch.allclose(ab, a, atol=1e-3)
+    ranges = [entry["sdf_range"] for entry in record["samples"]]
+    assert ranges[0] == pytest.approx(ranges[1], abs=2e-4)
+    given = {"images": [[picture(0), picture(1)]], "steps": 3}
+    guidance = {"guidance_interval": (0.2, 0.9), "guidance_rescale": 0.5}
+    assert torch.allclose(pipeline.generate_latents(None, None, [0], **given, **guidance)[0], ab, atol=1e-5)
+    assert not torch.allclose(pipeline.generate_latents(None, None, [0], **given)[0], ab, atol=1e-3)
 
 
 def test_wrong_views_are_refused(pipeline):

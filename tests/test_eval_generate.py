@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from shapeloom.errors import UserError
 from shapeloom.eval import generate as module
 from shapeloom.eval.generate import Request, generate, open_picture, sample, slug
+from shapeloom.launch.cli import app
 from shapeloom.models.mesh import ExtractedMesh
 
 
@@ -24,8 +27,9 @@ class FakePipeline:
     def __init__(self) -> None:
         self.batches: list[tuple] = []
 
-    def generate_latents(self, text, image, seeds, **settings):
-        self.batches.append((text, image, seeds, settings))
+    def generate_latents(self, text, image, seeds, *, images, **settings):
+        assert image is None
+        self.batches.append((text, images, seeds, settings))
         return torch.tensor(seeds, dtype=torch.float32)[:, None, None]
 
     def decode(self, latents_BLC):
@@ -68,6 +72,10 @@ def picture(tmp_path):
         ({"texts": ["a cube"], "seeds": []}, "no seed"),
         ({"texts": ["a cube"], "steps": 0}, "steps"),
         ({"texts": ["a cube"], "resolution": 3}, "at least 4"),
+        ({"texts": ["a cube"], "guidance_interval": (0.7, 0.2)}, "the lower first, got 0.7 and 0.2"),
+        ({"texts": ["a cube"], "guidance_interval": (-0.1, 1.0)}, "guidance interval"),
+        ({"texts": ["a cube"], "guidance_interval": (0.0, float("nan"))}, "guidance interval"),
+        ({"texts": ["a cube"], "guidance_rescale": 1.5}, "guidance rescale must be between 0 and 1, got 1.5"),
         ({"images": ["absent.png"]}, "absent.png does not exist"),
     ],
 )
@@ -119,22 +127,86 @@ def test_text_alone(tmp_path):
         assert Image.open(tmp_path / entry["png"]).size == (256, 256)
     assert Image.open(tmp_path / "contact_sheet.png").width > 300
     assert json.loads((tmp_path / "samples.json").read_text()) == record
-    text, image, seeds, settings = pipe.batches[0]
-    assert text == ["A red cube!"] * 2 + ["a red cube"] * 2 and image is None and seeds == [0, 2, 0, 2]
+    text, images, seeds, settings = pipe.batches[0]
+    assert text == ["A red cube!"] * 2 + ["a red cube"] * 2 and images is None and seeds == [0, 2, 0, 2]
     assert settings.pop("on_step") is not None
-    assert settings == {"steps": 7, "text_guidance": 4.0, "image_guidance": 2.0, "solver": "own"}
+    assert settings == {
+        "steps": 7, "text_guidance": 4.0, "image_guidance": 2.0, "guidance_interval": [0.0, 1.0],
+        "guidance_rescale": 0.0, "solver": "own",
+    }  # fmt: skip
+    assert record["settings"] == {**settings, "resolution": 64}
 
 
 def test_image_alone_and_both_together(tmp_path, picture):
     pipe = FakePipeline()
     record = sample(pipe, images=[picture], seeds=[1], out=tmp_path / "image")
     assert record["samples"][0]["glb"] == "red-mug-1.glb" and len(record["samples"][0]["image_sha256"]) == 64
-    assert pipe.batches[0][0] is None and pipe.batches[0][1][0].size == (40, 20)
+    assert pipe.batches[0][0] is None and [view.size for view in pipe.batches[0][1][0]] == [(40, 20)]
     record = sample(pipe, texts=["a mug", "a cup"], images=[picture, picture], seeds=[1], out=tmp_path / "both")
     assert [entry["glb"] for entry in record["samples"]] == [
         "a-mug-red-mug-1.glb", "a-mug-red-mug-v2-1.glb", "a-cup-red-mug-1.glb", "a-cup-red-mug-v2-1.glb",
     ]  # fmt: skip
     assert pipe.batches[1][0] == ["a mug", "a mug", "a cup", "a cup"] and len(pipe.batches[1][1]) == 4
+
+
+@pytest.fixture
+def views(tmp_path):
+    """Five views of one object, of colours in the order of their names, beside what is none."""
+    folder = tmp_path / "My Chair"
+    (folder / "old.png").mkdir(parents=True)
+    (folder / "notes.txt").write_text("front, left, …")
+    (folder / "._a.png").write_bytes(b"what some systems leave beside a file")
+    for name, red in (("e.PNG", 250), ("b.jpeg", 100), ("a.png", 50), ("d.JPG", 200), ("c.webp", 150)):
+        Image.new("RGB", (40, 20), (red, 0, 0)).save(folder / name)
+    return folder
+
+
+def test_a_folder_is_views_of_one_object(tmp_path, views, picture):
+    pipe = FakePipeline()
+    record = sample(pipe, images=[views, picture], seeds=[1], out=tmp_path / "out")
+    of_folder, of_picture = pipe.batches[0][1]
+    assert [view.getpixel((9, 9))[0] for view in of_folder] == pytest.approx([50, 100, 150, 200, 250], abs=3)
+    assert len(of_picture) == 1
+    first, second = record["samples"]
+    files = [views / name for name in ("a.png", "b.jpeg", "c.webp", "d.JPG", "e.PNG")]
+    assert first["glb"] == "my-chair-1.glb" and first["image"] == str(views)
+    assert first["image_sha256"] == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    assert second["image_sha256"] == hashlib.sha256(picture.read_bytes()).hexdigest()
+    assert json.loads((tmp_path / "out" / "samples.json").read_text()) == record
+    # Four views of 160 pixels, each a stripe on white, and then the object.
+    sheet = np.asarray(Image.open(tmp_path / "out" / "contact_sheet.png")).astype(int)
+    stripe = sheet[8 + 80, 8 + 80 :: 160]
+    assert stripe[:4].tolist() == pytest.approx(np.array([[50, 0, 0], [100, 0, 0], [150, 0, 0], [200, 0, 0]]), abs=3)
+    assert not (stripe[4:] == [250, 0, 0]).all(-1).any()
+
+
+def test_the_folder_one_stands_in_has_a_name(tmp_path, views, monkeypatch):
+    monkeypatch.chdir(views)
+    record = sample(FakePipeline(), images=["."], seeds=[1], out=tmp_path / "out")
+    assert record["samples"][0]["glb"] == "my-chair-1.glb"
+
+
+def test_a_folder_of_no_use_is_named(tmp_path, views):
+    pipe, empty = FakePipeline(), tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match="empty has no picture: put views of one object there"):
+        sample(pipe, images=[empty], out=tmp_path / "out")
+    with pytest.raises(UserError, match="is an --image too: write to another folder"):
+        sample(pipe, images=[views], out=views)
+    (views / "b.jpeg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"b\.jpeg is not a picture"):
+        sample(pipe, images=[views], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_passes_guidance_on(tmp_path, views, monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "sample", lambda *arguments, **options: calls.append(options))
+    words = ["sample", "pipeline", "--image", str(views), "--guidance-interval", "0.2", "0.8"]
+    done = CliRunner().invoke(app, [*words, "--guidance-rescale", "0.7", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert calls[0]["guidance_interval"] == (0.2, 0.8) and calls[0]["guidance_rescale"] == 0.7
+    assert calls[0]["images"] == [views]
 
 
 def test_an_empty_object_has_no_glb_and_is_told(tmp_path, capsys):
@@ -145,11 +217,12 @@ def test_an_empty_object_has_no_glb_and_is_told(tmp_path, capsys):
 
 
 def test_batches_hold_one_kind_of_condition():
-    pipe, image = FakePipeline(), Image.new("RGB", (4, 4))
-    requests = [Request(0, "a"), Request(1, "b"), Request(2, "c"), Request(3, None, image), Request(4, "d", image)]
+    pipe, shown = FakePipeline(), (Image.new("RGB", (4, 4)),)
+    requests = [Request(0, "a"), Request(1, "b"), Request(2, "c"), Request(3, None, shown), Request(4, "d", shown)]
     latents = np.concatenate(list(generate(pipe, requests, batch_size=2)))
     assert latents[:, 0, 0].tolist() == [0, 1, 2, 3, 4]
     assert [seeds for _, _, seeds, _ in pipe.batches] == [[0, 1], [2], [3], [4]]
+    assert [images for _, images, _, _ in pipe.batches] == [None, None, [list(shown)], [list(shown)]]
 
 
 def test_slugs():
