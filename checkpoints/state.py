@@ -64,7 +64,7 @@ class StateWriter:
 
     Args:
         run: the run folder, the same on all ranks.
-        barrier: returns once all ranks have called it.
+        any_rank: whether the flag is set on any rank; returns once all ranks have called it.
         patience_s: how long the main rank waits for the others' parts, in seconds.
     """
 
@@ -74,13 +74,13 @@ class StateWriter:
         *,
         rank: int,
         world: int,
-        barrier: Callable[[], None],
+        any_rank: Callable[[bool], bool],
         patience_s: float,
         keep_last: int,
         keep_every: int,
     ) -> None:
         self.folder = run / "state"
-        self.rank, self.world, self.barrier = rank, world, barrier
+        self.rank, self.world, self.any_rank = rank, world, any_rank
         self.patience_s, self.keep_last, self.keep_every = patience_s, keep_last, keep_every
         self.waited_s = 0.0  # time the loop has stood still for states
         self.written_s = 0.0  # time the last state took, from begin to its end
@@ -98,7 +98,7 @@ class StateWriter:
             shutil.rmtree(aside, ignore_errors=True)
             with contextlib.suppress(OSError):  # what is wrong shows again when the parts are written
                 aside.mkdir(parents=True)
-        self.barrier()
+        self.any_rank(False)  # the folder is there for all
         held = {}
         filled = [0] * self.world
         for entry in entries:
@@ -126,10 +126,10 @@ class StateWriter:
             self.waited_s += time.monotonic() - began
 
     def finish(self) -> None:
-        """Wait for the state that is being written. Raises UserError if it could not be."""
+        """Wait for the state that is being written; all ranks call this. Raises UserError on all if it could not be."""
         self._join()
-        if self._error:
-            raise UserError(self._error)
+        if self.any_rank(bool(self._error)):
+            raise UserError(self._error or "the last state could not be written by another rank, which says why")
 
     @contextlib.contextmanager
     def finished_before(self, *errors: type[Exception]) -> Iterator[None]:
@@ -192,10 +192,11 @@ class StateWriter:
     def _publish(self, aside: Path, details: dict[str, Any]) -> None:
         write_json(aside / "progress.json", details)
         final = self.folder / f"{details['step']:08d}"
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # an earlier try's; `latest` may name it, so it must not be missing while it is deleted
+            os.replace(final, self.folder / f"{final.name}{ASIDE}old")
         os.replace(aside, final)
         write_atomic(self.folder / "latest", final.name)
-        _prune(self.folder, self.keep_last, self.keep_every)
+        _prune(self.folder, details["step"], self.keep_last, self.keep_every)
 
     def _give_up(self, aside: Path, step: int, error: Exception) -> None:
         latest = self.folder / "latest"
@@ -278,9 +279,12 @@ def find_state(run: Path, resume: str) -> Path | None:
     return folder
 
 
-def _prune(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Drop old states and whatever a killed run left half-written."""
-    states = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
+def _prune(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
+    """Drop states older than the last of `step` and whatever a killed run left half-written.
+
+    States of later steps are of an earlier try, which the run did not go on from: they are not this one's to delete.
+    """
+    states = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdigit() and int(p.name) <= step)
     for path in states[:-keep_last]:
         if not (keep_every and int(path.name) % keep_every == 0):
             shutil.rmtree(path, ignore_errors=True)

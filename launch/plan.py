@@ -47,7 +47,7 @@ class Features:
     """Sizes of a latent sample; text_tokens is the longest caption, n_captions and n_views are those stored.
 
     cached: text and image features are stored; else they are computed of pictures, whose size is not known here.
-    frozen: numbers of parameters of the autoencoder and CLIP, which every rank loads beside the denoiser.
+    autoencoder, clip: numbers of their parameters; every rank loads them beside the denoiser.
     """
 
     n_latents: int
@@ -60,7 +60,8 @@ class Features:
     n_captions: int
     n_views: int
     cached: bool
-    frozen: int
+    autoencoder: int
+    clip: int
 
     @property
     def stored_bytes(self) -> int:
@@ -179,8 +180,11 @@ def make_plan(
         offload_weights=file.offload_weights,
         evaluation=evaluation,
     )
+    # CLIP goes where it computes: the main rank's samples are scored by it, features that are not cached are its.
+    on_gpu = not (run.cpu or file.cpu) and (run.score_samples or not features.cached)
+    device = memory.device | ({"CLIP": 4 * features.clip} if on_gpu else {})
     beside = {
-        "autoencoder and CLIP": 4 * features.frozen,
+        "autoencoder and CLIP": 4 * (features.autoencoder + (0 if on_gpu else features.clip)),
         "samples kept": min(CACHE_BYTES, -(-samples // ranks) * features.stored_bytes),
         "libraries": libraries,
     }
@@ -191,7 +195,7 @@ def make_plan(
         ranks=ranks,
         features=features,
         step=step,
-        memory=Memory(memory.device, memory.host | beside),
+        memory=Memory(device, memory.host | beside),
         flops=denoiser_flops(settings, **tokens),
         sequence=1 + sum(prefix[c] for c in run.model.conditions) + features.n_latents // run.model.patch,
         samples=samples,
@@ -219,8 +223,8 @@ def check(run: DenoiserRun, file: LaunchFile, ranks: int) -> None:
         )
     if cpu and file.layout == "fsdp2":
         raise UserError("FSDP needs GPUs (without them accelerate would train each rank on its own): take cpu2.yaml")
-    if run.precision == "fp16" and (cpu or file.layout.startswith("zero")):
-        raise UserError(f"precision=fp16 is not for {'a CPU' if cpu else 'DeepSpeed'}: take bf16")
+    if run.precision == "fp16" and (cpu or file.layout not in ("one", "ddp")):
+        raise UserError(f"precision=fp16 is not for {'a CPU' if cpu else file.layout}: take bf16")
     if run.init or run.lora.rank:
         raise UserError("plan counts a training of all weights from nothing: leave init and lora.rank out")
 
@@ -260,7 +264,8 @@ def features_of(preset: str) -> Features:
         n_captions=encode.n_captions,
         n_views=encode.n_views,
         cached=encode.features == "cached",
-        frozen=sum(p.numel() for model in (autoencoder, clip) for p in model.parameters()),
+        autoencoder=sum(p.numel() for p in autoencoder.parameters()),
+        clip=sum(p.numel() for p in clip.parameters()),
     )
 
 

@@ -66,7 +66,7 @@ def whole(latents, tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_rank_then_two_then_one(layout, latents, whole, tmp_path):
     first = start_from(whole, tmp_path / "first", 3)
-    said = two_ranks(layout, "denoiser", ["--data", latents, "--out", first, *QUICK, "processes=2"])
+    said = two_ranks(layout, "denoiser", ["--data", latents, "--out", first, *QUICK, "accumulate=2", "processes=2"])
     assert "training" in said and said.count("training 5") == 1  # said by one rank alone
     ours, expected = losses(first), losses(whole)
     assert sorted(ours) == [4, 5, 6, 7, 8, 9]
@@ -81,7 +81,7 @@ def test_one_rank_then_two_then_one(layout, latents, whole, tmp_path):
     assert all(torch.equal(pipeline[name], mine[f"ema/{name}"]) for name in pipeline)
 
     again = start_from(first, tmp_path / "again", 6)  # as it was laid out: every bit the same
-    two_ranks(layout, "denoiser", ["--data", latents, "--out", again, *QUICK])
+    two_ranks(layout, "denoiser", ["--data", latents, "--out", again, *QUICK, "accumulate=2"])
     assert losses(again) == {step: ours[step] for step in (7, 8, 9)}
     assert all(torch.equal(value, mine[name]) for name, value in state(again, 9).items())
 
@@ -106,3 +106,13 @@ def test_adapters_and_frozen_layers_train_in_shards(layout, latents, whole, tmp_
         torch.testing.assert_close(mine[name], value, rtol=1e-3, atol=1e-5)
     changed = {name for name in before if not torch.equal(mine[name], before[name])}
     assert changed and not any(name.startswith("blocks.0.") for name in changed)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_bf16_is_the_same_autocast_in_every_layout(layout, latents, tmp_path):
+    words = ["--data", latents, *QUICK, "precision=bf16", "steps=3"]
+    alone, shards = tmp_path / "alone", tmp_path / "shards"
+    succeed("train", "denoiser", *words, "--out", alone)
+    two_ranks(layout, "denoiser", [*words, "--out", shards])
+    assert losses(shards) == pytest.approx(losses(alone), rel=3e-3)
+    assert losses(shards)[1] == pytest.approx(losses(alone)[1], rel=1e-4)  # the very same weights

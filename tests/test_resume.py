@@ -69,6 +69,18 @@ def test_a_run_goes_on_bit_for_bit(option, latents, tmp_path):
     assert (again / "state/00000009" / PART).read_bytes() == (whole / "state/00000009" / PART).read_bytes()
 
 
+def test_a_run_may_begin_again_where_later_states_lie(latents, tmp_path):
+    succeed("train", *words(latents, tmp_path, "keep_last=1"))
+    assert (tmp_path / "state/latest").read_text() == "00000009"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    succeed("train", *words(latents, tmp_path, "keep_last=1", "steps=6"), "--resume", "never")
+    assert (tmp_path / "state/latest").read_text() == "00000006"
+    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["00000006", "00000009", "latest"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    succeed("train", *words(latents, tmp_path, "keep_last=1"))
+    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["00000009", "latest"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
 def test_a_signal_saves_and_asks_to_be_requeued(number, latents, tmp_path):
     out = tmp_path / "run"

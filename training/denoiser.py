@@ -129,14 +129,16 @@ def build(config: DenoiserRun) -> Stage:
     if not len(held_out):
         held_out = train
     folder, out, device = Path(config.data), Path(config.out), device_of(config)
-    source = FeatureSource(load_conditioner(folder / "conditioner"), device)
+    main = os.environ.get("RANK", "0") == "0"  # which scores
+    source = FeatureSource(load_conditioner(folder / "conditioner"), device if main or train[0].is_computed else None)
     first = source.fill([train[0]])[0]
     model, objective = make_model(config, train.shards.manifest, first)
     settings, shares = dict(model.config), shares_seen(config, model, first)
     check_curriculum(config.curriculum, settings["n_latents"], settings["patch"])
     set_attention(model, config.attention, device)
+    autoencoder = load_model_folder(Autoencoder, folder / "autoencoder")
     frozen = {
-        "autoencoder": load_model_folder(Autoencoder, folder / "autoencoder"),
+        "autoencoder": autoencoder,
         "conditioner": source.conditioner,
         "scheduler": objective.scheduler,
     }
@@ -160,7 +162,11 @@ def build(config: DenoiserRun) -> Stage:
         batch = {name: value.to(ema.device) for name, value in collate(draws).items()}
         loss = float(objective.loss(ema, batch)[0].mean())
         pipeline = ShapeloomPipeline(denoiser=ema, **frozen)
-        return {"loss": loss, **samples(pipeline, out / "samples" / f"{step:08d}.png")}
+        autoencoder.to(ema.device)
+        try:
+            return {"loss": loss, **samples(pipeline, out / "samples" / f"{step:08d}.png")}
+        finally:
+            autoencoder.to("cpu")  # training needs the room
 
     return Stage(
         name="denoiser",

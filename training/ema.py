@@ -35,8 +35,10 @@ class Ema:
         self.parallel, self.shell, self.decay = parallel, shell, decay
         self.trained = {name: p for name, p in parallel.parameters() if p.requires_grad}
         self.averages = {name: parallel.local(p).float().clone() for name, p in self.trained.items()}
-        if not parallel.sharded:  # then the shell is the whole average, at no cost
-            self._fill(self.averages)
+        if parallel.sharded:
+            _assign(shell, {name: torch.empty_like(p, device="meta") for name, p in shell.named_parameters()})
+        else:  # then the shell is the whole average, at no cost
+            _assign(shell, self.averages)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -70,9 +72,6 @@ class Ema:
             _assign(shell, gathered)
             return shell
         return self.shell
-
-    def _fill(self, tensors: dict[str, torch.Tensor]) -> None:
-        _assign(self.shell, tensors)
 
 
 def _assign(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

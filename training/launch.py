@@ -30,7 +30,7 @@ def launch(run: RunConfig, *, shardable: bool) -> Accelerator:
     """
     cpu = run.cpu or not torch.cuda.is_available()
     sharding, zero = (os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
-    _check_before(run, cpu=cpu, zero=zero)
+    _check_before(run, cpu=cpu, sharding=sharding, zero=zero)
     handlers = []
     if zero or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         timeout = datetime.timedelta(minutes=run.timeout_minutes)
@@ -56,7 +56,7 @@ def launch(run: RunConfig, *, shardable: bool) -> Accelerator:
     return accelerator
 
 
-def _check_before(run: RunConfig, *, cpu: bool, zero: bool) -> None:
+def _check_before(run: RunConfig, *, cpu: bool, sharding: bool, zero: bool) -> None:
     """What can be refused before any rank meets another."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # "no" is also what accelerate says unasked
     if asked not in ("no", run.precision):
@@ -67,8 +67,8 @@ def _check_before(run: RunConfig, *, cpu: bool, zero: bool) -> None:
         raise UserError("precision=fp16 needs a GPU; on a CPU leave it at 'no', or take bf16")
     if cpu and run.precision == "bf16":
         say("precision=bf16 is slower than float32 on most CPUs")
-    if zero and run.precision == "fp16":
-        raise UserError("precision=fp16 is not supported under DeepSpeed here; use precision=bf16, or DDP")
+    if (zero or sharding) and run.precision == "fp16":
+        raise UserError(f"precision=fp16 is not for {'DeepSpeed' if zero else 'FSDP2'} here: take bf16, or DDP")
     world = int(os.environ.get("WORLD_SIZE", 1))
     share = run.batch_size // world
     if run.batch_size % world or share % run.accumulate or not share:

@@ -34,7 +34,7 @@ def check_trackers(run: RunConfig) -> None:
 
 
 class Log:
-    """Written by the main process; values are read from the device only every `log_every` steps.
+    """Written by the main process; metrics are read from the device only every `log_every` steps.
 
     Args:
         flops: floating-point operations a sample costs in training, forward and backward; 0 where nobody counted them.

@@ -89,11 +89,15 @@ def fit(run: RunConfig, stage: Stage, *, resume: str = "auto") -> None:
     found = find_state(out, resume)
     reader = StateReader(found) if found else None
     progress = begin(run, stage, reader)
-    shell = skeleton(stage.model.to(accelerator.device))
+    check_same_step(accelerator, progress, out)
+    if not accelerator.is_fsdp2:  # which moves one block at a time as it shards it
+        stage.model.to(accelerator.device)
+    shell = skeleton(stage.model)
     parallel = parallelise(accelerator, stage.model, make_optimiser(run, stage.model))
     ema = Ema(parallel, shell, run.ema_decay)
     if reader is not None:
         restore(reader, parallel, ema)
+        reader = None  # or the files of a state that is deleted would keep their place on the disk
     with lost_rank_named(accelerator, progress, out):
         train(run, stage, parallel, ema, progress)
         module = ema.module()
@@ -109,9 +113,15 @@ def train(run: RunConfig, stage: Stage, parallel: Parallel, ema: Ema, progress: 
     accelerator, out = parallel.accelerator, Path(run.out)
     rank, world = accelerator.process_index, accelerator.num_processes
     stop, batches = StopSignal(accelerator), stage.batches(rank, world).iterate(progress.step)
-    barrier = accelerator.wait_for_everyone
-    kept, patience = {"keep_last": run.keep_last, "keep_every": run.keep_every}, 60 * run.timeout_minutes
-    writer = StateWriter(out, rank=rank, world=world, barrier=barrier, patience_s=patience, **kept)
+    writer = StateWriter(
+        out,
+        rank=rank,
+        world=world,
+        any_rank=partial(any_rank, accelerator),
+        patience_s=60 * run.timeout_minutes,
+        keep_last=run.keep_last,
+        keep_every=run.keep_every,
+    )
     with (
         writer.finished_before(NonFiniteLoss),
         Log(accelerator, run, out, stage.name, progress, flops=stage.flops) as log,
@@ -134,7 +144,7 @@ def train(run: RunConfig, stage: Stage, parallel: Parallel, ema: Ema, progress: 
             if due(run.save_every, progress.step) or last or stopping:
                 note(progress, run, stage, parallel)
                 writer.begin(progress, entries(parallel, ema))
-            if due(run.eval_every, progress.step) or last:
+            if last or (due(run.eval_every, progress.step) and not stopping):
                 evaluate(stage, parallel, ema, log)
             if stopping and not last:
                 writer.finish()
@@ -158,11 +168,28 @@ def lost_rank_named(accelerator: Accelerator, progress: Progress, out: Path) -> 
         ) from None
 
 
+def any_rank(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is set on any rank; all of them ask together."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor([float(flag)], device=accelerator.device)).item() > 0)
+
+
 def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
 # --- before the first step -------------------------------------------------------------------------------------------
+
+
+def check_same_step(accelerator: Accelerator, progress: Progress, out: Path) -> None:
+    """Raises UserError on all ranks if some of them found another state, or none."""
+    steps = accelerator.gather(torch.tensor([progress.step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"the ranks go on from different steps ({', '.join(map(str, steps))}): {out} must be the same folder "
+            "on all machines"
+        )
 
 
 def trained_share(stage: Stage) -> str:
@@ -186,8 +213,10 @@ def prepare_blocks(run: RunConfig, stage: Stage) -> None:
         blocks = [b for name, m in stage.model.named_modules() if name.split(".")[-1] == "blocks" for b in m]
         if not blocks:
             raise UserError(f"compile: the model of {stage.name} has no blocks to compile; leave it false")
-        for block in blocks:  # alike, so that one compilation serves all
-            block.compile()
+        # Alike, so that one compilation serves all. Of any length from the start: what is compiled must not depend on
+        # which lengths came first, or a resumed run would differ.
+        for block in blocks:
+            block.compile(dynamic=True)
 
 
 def make_optimiser(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -341,8 +370,8 @@ class StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
-    def _receive(self, *_: Any) -> None:
-        if self.received:  # the second time the user means it
+    def _receive(self, number: int, _: Any) -> None:
+        if self.received and number == signal.SIGINT:  # the second Ctrl-C is meant; launchers repeat the others
             raise KeyboardInterrupt
         self.received = True
 
@@ -351,5 +380,4 @@ class StopSignal:
             return self.received
         if step % self.AGREE_EVERY:
             return False
-        flag = torch.tensor([float(self.received)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag).item() > 0)
+        return any_rank(self.accelerator, self.received)

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import distributed, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 __all__ = ["Parallel", "ZeroParallel", "parallelise"]
@@ -37,6 +38,8 @@ class Parallel:
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
         self.accelerator = accelerator
+        if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+            _autocast_shards(accelerator, model)
         self.model, self.optimiser = accelerator.prepare(model, optimiser)
         self.bare = model  # launchers wrap it or change it in place
         self.sharded = any(isinstance(p, DTensor) for p in self.bare.parameters())
@@ -202,6 +205,20 @@ class ZeroParallel(Parallel):
 
     def steps_taken(self) -> int:
         return max((int(state["step"]) for state in self.zero.optimizer.state.values() if "step" in state), default=0)
+
+
+def _autocast_shards(accelerator: Accelerator, model: nn.Module) -> None:
+    """Have FSDP2 compute as the other layouts do, with weights gathered in bf16.
+
+    Accelerate's own policy casts inputs and outputs, and so rounds noise levels to 8 bits, and sums gradients in bf16.
+    """
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16,
+        reduce_dtype=torch.float32,
+        output_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
 
 
 def _fused(optimiser: Any) -> bool:

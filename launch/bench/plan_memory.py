@@ -131,7 +131,15 @@ def main() -> None:
         make_folder(folder / "latents")
         overrides = [
             *(f"batch_size={options.batch}", f"precision={options.precision}", f"model.layers={options.layers}"),
-            *("steps=3", "save_every=0", "eval_every=0", "eval_samples=1", "sheet_samples=0", "score_samples=0", "trackers=[]"),
+            *(
+                "steps=3",
+                "save_every=0",
+                "eval_every=0",
+                "eval_samples=1",
+                "sheet_samples=0",
+                "score_samples=0",
+                "trackers=[]",
+            ),
         ]
         import torch
 

@@ -45,9 +45,7 @@ def main() -> None:
     batches = stage.batches(0, 1).iterate(0)
     results: dict[str, Any] = {"parameters": sum(p.numel() for p in stage.model.parameters())}
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        writer = StateWriter(
-            Path(scratch), rank=0, world=1, barrier=lambda: None, patience_s=600, keep_last=1, keep_every=0
-        )
+        writer = StateWriter(Path(scratch), rank=0, world=1, any_rank=bool, patience_s=600, keep_last=1, keep_every=0)
         progress = Progress()
 
         def step() -> None:
