@@ -156,6 +156,19 @@ def swaps(spec: SceneSpec) -> list[dict[str, str]]:
     return [{"kind": kind, "caption": caption} for kind, caption in found.items()]
 
 
+def near_misses(spec: SceneSpec, level: Level, rng: np.random.Generator, n: int) -> list[str]:
+    """`n` captions in drawn words, each wrong in one: a part's shape or colour, or a single object's size."""
+    values = {"shape": SHAPES[level], "color": COLORS[level]} | ({} if spec.relation else {"size": SIZES})
+    found = []
+    for _ in range(n):
+        parts = list(spec.parts)
+        wrong, name = int(rng.integers(len(parts))), str(rng.choice(list(values)))
+        others = [value for value in values[name] if value != getattr(parts[wrong], name)]
+        parts[wrong] = replace(parts[wrong], **{name: others[int(rng.integers(len(others)))]})
+        found.append(_paraphrase(SceneSpec(tuple(parts), spec.relation), rng))
+    return found
+
+
 def with_article(words: str) -> str:
     """orange cone -> an orange cone."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

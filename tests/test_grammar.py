@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from shapeloom.data_pipes.grammar import (
     draw_group,
     held_out,
     held_out_attributes,
+    near_misses,
     parse,
     single_specs,
     swaps,
@@ -87,6 +89,22 @@ def test_swaps_mean_something_else(level: str) -> None:
             assert other != spec
             assert sorted(p.color for p in other.parts) == sorted(p.color for p in spec.parts)
             assert sorted(p.shape for p in other.parts) == sorted(p.shape for p in spec.parts)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_near_misses_are_wrong_in_one_word(level: str) -> None:
+    rng = np.random.default_rng(3)
+    kinds = set()
+    for spec in all_specs(level):
+        for caption in near_misses(spec, level, rng, 3):
+            other = parse(caption)
+            assert other.relation == spec.relation
+            left, wrong = (Counter(one.parts) - Counter(two.parts) for one, two in ((spec, other), (other, spec)))
+            (part,), (changed,) = left.elements(), wrong.elements()
+            (kind,) = (name for name in ("shape", "color", "size") if getattr(part, name) != getattr(changed, name))
+            kinds.add((kind, spec.relation is None))
+            assert changed.shape in SHAPES[level] and changed.color in COLORS[level]
+    assert kinds == {("shape", True), ("color", True), ("size", True), ("shape", False), ("color", False)}
 
 
 def test_swaps_by_hand() -> None:

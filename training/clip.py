@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..checkpoints.clip import publish_clip
 from ..config import Config
 from ..data_pipes.fingerprint import data_fingerprint
-from ..data_pipes.grammar import parse
+from ..data_pipes.grammar import Level, SceneSpec, near_misses, parse
 from ..data_pipes.loader import Batches, RawDataset, RawSample
 from ..data_pipes.render import composite
 from ..errors import UserError
@@ -46,6 +46,9 @@ class ClipModelConfig(Config):
 class ClipRun(RunConfig):
     model: ClipModelConfig = ClipModelConfig()
     n_swaps: int = 2  # swapped captions a sample as further negatives: without them a CLIP is nearly blind to order
+    # Captions wrong in one word, made of a procedural sample's meaning: a batch rarely has them, a pool of 1,000 does.
+    # Not for a CLIP that must not know what is held out: they would name it.
+    n_near: int = 0
     eval_samples: int = 200
 
 
@@ -64,8 +67,10 @@ def build(config: ClipRun) -> Stage:
     tokenizer = train_tokenizer(texts, config.model.vocab_size)
     model = Conditioner(**clip_config(config.model, tokenizer), name=Path(config.out).name)
 
+    level = train.shards.manifest["settings"].get("level", "core")
+
     def collate(items: list[tuple[RawSample, np.random.Generator]]) -> Batch:
-        return collate_pairs(items, model, config.n_swaps)
+        return collate_pairs(items, model, config.n_swaps, config.n_near, level)
 
     def loss(wrapped: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         texts_BKT = batch["texts"]
@@ -125,11 +130,19 @@ def train_tokenizer(captions: Any, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def collate_pairs(items: list[tuple[RawSample, np.random.Generator]], model: Conditioner, n_swaps: int) -> Batch:
-    """One frontal view and one caption of each sample, with some of its swapped captions beside it.
+def collate_pairs(
+    items: list[tuple[RawSample, np.random.Generator]],
+    model: Conditioner,
+    n_swaps: int,
+    n_near: int = 0,
+    level: Level = "core",
+) -> Batch:
+    """One frontal view and one caption of each sample, with wrong captions of it beside them.
 
-    Returns: images [B, 3, H, W]; texts [B, K, T] token ids, K - 1 of them swaps; present [B, K]; meaning [B, K]
-    ids, equal where captions mean the same.
+    Args:
+        n_swaps, n_near: of its swapped captions and of its near misses (in the words of `level`), at most.
+    Returns: images [B, 3, H, W]; texts [B, K, T] token ids, K - 1 of them wrong; present [B, K]; meaning [B, K] ids,
+    equal where captions mean the same.
     """
     images, texts, meanings = [], [], []
     for sample, rng in items:
@@ -139,9 +152,11 @@ def collate_pairs(items: list[tuple[RawSample, np.random.Generator]], model: Con
         caption = str(rng.choice(sample.captions))
         others = [swap["caption"] for swap in sample.meta.get("swaps", [])]
         others = [others[k] for k in rng.permutation(len(others))[:n_swaps]]
+        if n_near and "spec" in sample.meta:
+            others += near_misses(SceneSpec.from_json(sample.meta["spec"]), level, rng, n_near)
         texts.append([caption, *others])
         meanings.append([meaning_id(text) for text in texts[-1]])
-    width = 1 + n_swaps
+    width = 1 + n_swaps + n_near
     present = torch.tensor([[k < len(row) for k in range(width)] for row in texts])
     ids = model.tokenize([text for row in texts for text in row + [""] * (width - len(row))])
     meaning = torch.tensor([row + [0] * (width - len(row)) for row in meanings])
