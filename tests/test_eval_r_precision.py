@@ -86,9 +86,9 @@ class FakePipeline:
         torch.nn.init.zeros_(self.denoiser.weight), torch.nn.init.zeros_(self.denoiser.bias)
         self.conditioner = SimpleNamespace(weights_hash="conditioner")
 
-    def generate_latents(self, text, image, seeds, **settings):
+    def generate_latents(self, text, image, seeds, *, images, **settings):
         self.calls += len(seeds)
-        wanted = [meaning(t) for t in text] if text else [self.pictures[np.asarray(i).tobytes()] for i in image]
+        wanted = [meaning(t) for t in text] if text else [self.pictures[np.asarray(i).tobytes()] for (i,) in images]
         places = [self.plan.get(what) for what in wanted]
         return torch.tensor([[[-1.0 if place is None else float(place)]] for place in places])
 
