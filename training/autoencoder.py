@@ -115,6 +115,12 @@ def _model(config: AutoencoderRun) -> Autoencoder:
         raise UserError("n_views asks for views, but the model reads none: give it model.patch_size, such as 8")
     if config.n_surface and config.n_surface < model.config.n_centres:
         raise UserError(f"n_surface must be at least the model's n_centres, {model.config.n_centres}")
+    # What would never get a gradient: ranks would wait for it.
+    unread: tuple[str, ...] = () if config.n_surface else ("embed_points", "norm_points", "read_points", "point_conv")
+    unread += () if config.n_views else ("embed_views", "norm_views", "read_views")
+    for name in unread:
+        if (part := getattr(model.encoder, name, None)) is not None:
+            part.requires_grad_(False)
     return model.train()
 
 
