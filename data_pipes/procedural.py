@@ -39,6 +39,7 @@ from .shards import (
     finished_shard,
     write_manifest,
 )
+from .workers import end_with_parent
 
 SPLITS = {
     True: {"train": 0.86, "val": 0.02, "test_seen": 0.04, "test_combo": 0.04, "test_attr": 0.04},
@@ -280,6 +281,7 @@ _worker: dict[str, Any] = {}  # of a spawned process: what every one of its shar
 
 
 def _start_worker(counter: Any, planned: list[Planned]) -> None:
+    end_with_parent()
     _worker.update(counter=counter, planned=planned)
 
 

@@ -6,13 +6,14 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Failed", "isolated_map"]
+__all__ = ["Failed", "end_with_parent", "isolated_map"]
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -72,6 +73,18 @@ def isolated_map(
     finally:
         for worker in pool:
             worker.stop()
+
+
+def end_with_parent() -> None:
+    """Called in a worker of Python's own pools: it ends when its parent was killed, where it would wait for ever."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..data_pipes import render as renderer
 from ..data_pipes.mesh import Mesh
+from ..data_pipes.workers import end_with_parent
 from ..files import sha256_json
 from ..models.cameras import Cameras, orbit
 
@@ -88,7 +89,7 @@ def render_pool(workers: int, n_objects: int) -> Iterator[Executor | None]:
         yield None
         return
     context = multiprocessing.get_context("spawn")  # fork is unsafe beside torch's threads
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, context, end_with_parent) as pool:
         yield pool
 
 

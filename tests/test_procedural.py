@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -277,6 +280,30 @@ def test_a_stopped_run_goes_on_and_keeps_finished_shards(tmp_path: Path) -> None
     report = generate(tmp_path / "raw", SMALL)
     assert report.shards_kept == 1 and files(tmp_path / "raw") == before
     assert (tmp_path / "raw" / "shard-00000.tar").stat().st_mtime_ns == kept
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists processes as Linux does")
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "shapeloom", "data", "procedural", "--count", "100000", "--workers", "2"]
+    parent = subprocess.Popen([*command, "--out", str(tmp_path / "raw")], stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not list((tmp_path / "raw").glob("shard-*")) and time.monotonic() < until:
+        time.sleep(0.05)
+    children = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
+    assert len(children) >= 2
+    parent.kill()
+    parent.wait()
+    while any(map(lives, children)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(lives, children))
+
+
+def lives(pid: int) -> bool:
+    """Whether it is there, and not only waits to be asked how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_another_seed_gives_other_objects_and_is_refused_in_the_same_folder(tmp_path: Path) -> None:
