@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .linear import Linear, linear
 from .transformer import Block, fourier_features
 
 __all__ = ["FieldValues", "ImplicitDecoder", "ImplicitField", "SurfaceVolume", "to_z_up", "volsdf_density"]
@@ -148,8 +149,8 @@ class FieldHead(nn.Module):
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(hidden)) for _ in self.shapes if not generated_bias)
         layers: list[nn.Module] = []
         for _ in range(n_shared):
-            layers += [nn.Linear(hidden, hidden), nn.SiLU(inplace=True)]
-        self.out = nn.Sequential(*layers, nn.Linear(hidden, 4 if kind == "volsdf" else 12))
+            layers += [Linear(hidden, hidden), nn.SiLU(inplace=True)]
+        self.out = nn.Sequential(*layers, Linear(hidden, 4 if kind == "volsdf" else 12))
         if kind == "nerstf":
             with torch.no_grad():  # a relu that starts at or below zero everywhere would never learn
                 self.out[-1].bias[1:3] += 0.1
@@ -172,10 +173,13 @@ class FieldHead(nn.Module):
         for i, weight_BRI in enumerate(weights):
             bias_BR, weight_BRI = self._bias(i, weight_BRI)
             if alone:
-                h = F.silu(F.linear(h, weight_BRI[0], bias_BR[0]), inplace=True)
+                h = linear(h, weight_BRI[0], bias_BR[0], "silu")
             else:
                 h = F.silu(torch.baddbmm(bias_BR[:, None], h, weight_BRI.transpose(1, 2)), inplace=True)
-        out = self.out(h)
+        *hidden, last = [layer for layer in self.out if isinstance(layer, Linear)]
+        for layer in hidden:
+            h = layer(h, "silu")
+        out = last(h)
         return out[None] if alone else out
 
     def _bias(self, i: int, weight_BRI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .linear import Linear, linear
 from .transformer import Block
 
 __all__ = ["CONDITIONS", "SHAP_E", "Condition", "Denoiser", "PredictionName", "timestep_embedding"]
@@ -149,28 +150,28 @@ class Denoiser(ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
         n_tokens, token_width = n_latents // patch, channels * patch
         activation = nn.SiLU() if time_activation == "silu" else nn.GELU()
-        self.time = nn.Sequential(nn.Linear(width, 4 * width), activation, nn.Linear(4 * width, width))
+        self.time = nn.Sequential(Linear(width, 4 * width), activation, Linear(4 * width, width))
         if "text_tokens" in conditions:
-            self.text_tokens = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
+            self.text_tokens = nn.Sequential(nn.LayerNorm(text_width), Linear(text_width, width))
             self.text_positions = nn.Parameter(torch.randn(max_text_tokens, width) / width**0.5)
         if "text_pooled" in conditions:
-            self.text_pooled = nn.Linear(pooled_width, width)
+            self.text_pooled = Linear(pooled_width, width)
         if "image_tokens" in conditions:
-            self.image_tokens = nn.Sequential(nn.LayerNorm(image_width), nn.Linear(image_width, width))
+            self.image_tokens = nn.Sequential(nn.LayerNorm(image_width), Linear(image_width, width))
         if "image_pooled" in conditions:
-            self.image_pooled = nn.Linear(pooled_width, width)
+            self.image_pooled = Linear(pooled_width, width)
         if absent == "learned":
             pooled = [name for name in conditions if name.endswith("pooled")]
             self.nulls = nn.ParameterDict({name: torch.randn(width) / width**0.5 for name in pooled})
         if token_kinds:
             self.kinds = nn.ParameterDict({name: torch.randn(width) / width**0.5 for name in (*conditions, "time")})
-        self.latent_in = nn.Linear(token_width, width)
+        self.latent_in = Linear(token_width, width)
         self.positions = nn.Parameter(torch.randn(n_tokens, width) / width**0.5)
         self.norm_sequence = nn.LayerNorm(width) if norm_in else nn.Identity()
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width)) if adaln else None
+        self.modulation = nn.Sequential(nn.SiLU(), Linear(width, 6 * width)) if adaln else None
         self.blocks = nn.ModuleList(Block(width, heads, qk_norm=qk_norm, modulated=adaln) for _ in range(layers))
         self.norm_out = nn.LayerNorm(width)
-        self.latent_out = nn.Linear(width, token_width * (2 if learned_variance else 1))
+        self.latent_out = Linear(width, token_width * (2 if learned_variance else 1))
         nn.init.zeros_(self.latent_out.weight)
         nn.init.zeros_(self.latent_out.bias)
 
@@ -229,7 +230,7 @@ class Denoiser(ModelMixin, ConfigMixin):
                 h_BND = block(h_BND, mask_BM=mask_BN, modulation_B6D=modulation)
         h_BND = self.norm_out(h_BND[:, -latents_BND.shape[1] :])
         n_out = config.channels * config.patch
-        y_BND = nn.functional.linear(h_BND, self.latent_out.weight[:n_out], self.latent_out.bias[:n_out])
+        y_BND = linear(h_BND, self.latent_out.weight[:n_out], self.latent_out.bias[:n_out])
         return y_BND.unflatten(-1, (config.patch, -1)).flatten(1, 2)
 
     def _prefix(self, condition: Condition) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | int]:

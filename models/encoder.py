@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .decoder import to_z_up
+from .linear import Linear
 from .patches import ViewPatches
 from .points import PointConv
 from .transformer import Block, fourier_features
@@ -81,7 +82,7 @@ class AssetEncoder(nn.Module):
         self.read_points = Block(width, heads, context_width=width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm_out = nn.LayerNorm(width)
-        self.project = nn.Linear(width, channels)
+        self.project = Linear(width, channels)
         self.norm_in = nn.LayerNorm(width) if norm_in else nn.Identity()
         self.point_conv = PointConv(width, n_centres) if n_centres else None
         self.embed_views = None

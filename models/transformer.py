@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UserError
+from .linear import Linear
 
 __all__ = ["Attention", "AttentionBackend", "Block", "attend", "fourier_features", "set_attention"]
 
@@ -127,9 +128,9 @@ class Attention(nn.Module):
             raise ValueError(f"width {width} does not divide into {heads} heads")
         self.heads = heads
         self.backend: AttentionBackend = "sdpa"
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(context_width or width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key_value = Linear(context_width or width, 2 * width)
+        self.out = Linear(width, width)
         self.norm_q = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
 
@@ -142,6 +143,16 @@ class Attention(nn.Module):
         k_BMHd, v_BMHd = self.key_value(context_BMD).unflatten(-1, (2, self.heads, -1)).unbind(2)
         y_BNHd = attend(q_BNHd, self.norm_k(k_BMHd), v_BMHd, mask_BM, self.backend)
         return self.out(y_BNHd.flatten(2))
+
+
+class MLP(nn.Sequential):
+    """Linear, GELU, Linear."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, activation, last = self
+        if isinstance(first, Linear):
+            return last(first(x, "gelu"))
+        return last(activation(first(x)))  # an adapter stands around the layer
 
 
 class Block(nn.Module):
@@ -164,7 +175,7 @@ class Block(nn.Module):
         self.norm_attention = nn.LayerNorm(width, elementwise_affine=not modulated)
         self.attention = Attention(width, heads, context_width=context_width, qk_norm=qk_norm)
         self.norm_mlp = nn.LayerNorm(width, elementwise_affine=not modulated)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = MLP(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
         if modulated:
             self.modulation = nn.Parameter(torch.randn(6, width) / width**0.5)
 
