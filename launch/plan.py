@@ -162,7 +162,6 @@ def make_plan(
             precision=run.precision,
             parts=run.accumulate,
             gradients_stay=file.layout in ("one", "ddp", "zero1"),
-            weights_cast=file.layout == "fsdp2",
             **tokens,
         )
         sampled = min(CHUNK, max(run.sheet_samples, run.score_samples))
@@ -174,7 +173,6 @@ def make_plan(
         step,
         file.layout,
         ranks,
-        precision=run.precision,
         reshard=file.reshard,
         offload_optimiser=file.offload_optimiser,
         offload_weights=file.offload_weights,

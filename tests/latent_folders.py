@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from shapeloom.checkpoints.folders import publish_model
@@ -45,6 +46,7 @@ def shapeloom(*words: object) -> tuple[int, str, str]:
         sys.argv = argv
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the precision of a process's first run
     return code, said.getvalue(), errors.getvalue()
 
 

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from latent_folders import (
     four_latents,
     shapeloom,
@@ -32,14 +31,6 @@ PART = "part-00000-of-00001.safetensors"
 def latents(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "latents"
     return write_latents(folder, small_autoencoder(), small_clip(), four_latents())
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate remembers the precision of the first run in a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def words(latents: Path, out: Path, *more: str) -> list[str]:
@@ -63,7 +54,6 @@ def test_a_run_goes_on_bit_for_bit(option, latents, tmp_path):
     succeed("train", *words(latents, whole, *option))
     assert sorted(losses(whole)) == list(range(1, 10))
     start_from(whole, again, 6)
-    AcceleratorState._reset_state(reset_partial_state=True)
     succeed("train", *words(latents, again, *option))
     assert losses(again) == {step: losses(whole)[step] for step in (7, 8, 9)}
     assert (again / "state/00000009" / PART).read_bytes() == (whole / "state/00000009" / PART).read_bytes()
@@ -72,11 +62,9 @@ def test_a_run_goes_on_bit_for_bit(option, latents, tmp_path):
 def test_a_run_may_begin_again_where_later_states_lie(latents, tmp_path):
     succeed("train", *words(latents, tmp_path, "keep_last=1"))
     assert (tmp_path / "state/latest").read_text() == "00000009"
-    AcceleratorState._reset_state(reset_partial_state=True)
     succeed("train", *words(latents, tmp_path, "keep_last=1", "steps=6"), "--resume", "never")
     assert (tmp_path / "state/latest").read_text() == "00000006"
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["00000006", "00000009", "latest"]
-    AcceleratorState._reset_state(reset_partial_state=True)
     succeed("train", *words(latents, tmp_path, "keep_last=1"))
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["00000009", "latest"]
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -168,7 +167,6 @@ def step_memory(
     precision: str = "no",
     parts: int = 1,
     gradients_stay: bool = True,
-    weights_cast: bool = False,
 ) -> StepMemory:
     """Run a step of `Denoiser(**settings)` on fake tensors and watch what is held; takes seconds, and no memory.
 
@@ -180,13 +178,11 @@ def step_memory(
         precision: `bf16` and `fp16` run under autocast, as in training.
         parts: accumulated; from the second on, whole gradients are held from the start.
         gradients_stay: False where a gradient is spread over the ranks as soon as it is there (FSDP2, ZeRO-2 and 3).
-        weights_cast: they are in `precision` already (FSDP2 gathers them so), and autocast need not copy them.
     """
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says which norms have no fused kernel
-        with _default_dtype(dtype if weights_cast else torch.float32):
-            model = Denoiser(**settings)
+        model = Denoiser(**settings)
         sizes = sizes_of(model)
         if checkpointing:
             model.enable_gradient_checkpointing()
@@ -214,16 +210,6 @@ def evaluation_memory(settings: Mapping[str, Any], *, samples: int, text_tokens:
             tensors = _batch(model, samples, text_tokens, image_tokens)
             prediction_loss(model, tensors, prediction=model.config.prediction)
         return live.peak
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _batch(model: Denoiser, batch: int, text_tokens: int, image_tokens: int) -> dict[str, torch.Tensor]:
@@ -271,7 +257,6 @@ def memory_per_rank(
     layout: Layout,
     ranks: int,
     *,
-    precision: str = "no",
     reshard: bool = True,
     offload_optimiser: bool = False,
     offload_weights: bool = False,
@@ -283,8 +268,8 @@ def memory_per_rank(
     activations: what a step's forward and backward hold beyond whole gradients. Gradients take the place of
         activations as the backward pass goes on, so that with few samples little is left to count here.
     exchange: DDP: a copy of the gradients, in the buckets it sends them in. FSDP2: the weights outside the blocks,
-        which stay gathered, two blocks (one at work, the next on its way) and as much of gradients on their way out,
-        in the precision of the pass; all weights where blocks are not let go of. ZeRO: its bucket of gradients;
+        which stay gathered, two blocks (one at work, the next on its way) and as much of gradients on their way out;
+        all weights where blocks are not let go of. ZeRO: its bucket of gradients;
         in ZeRO-1 the rank's own part of the averaged gradients; in ZeRO-3 the gathered weights, which it keeps up to
         its limit.
     weights for AdamW: ZeRO has the rank's own part of the weights once more, which AdamW updates.
@@ -304,7 +289,7 @@ def memory_per_rank(
     gathered = {"one": 0, "ddp": 0, "zero1": 2 * FLOAT * sizes.trained, "zero2": 2 * FLOAT * sizes.trained}
     whole_gradients = layout in ("one", "ddp", "zero1")
     held["activations"] = step.peak - (held["gradients"] if whole_gradients else 0)
-    held["exchange"] = _exchange(sizes, layout, n, precision=precision, reshard=reshard)
+    held["exchange"] = _exchange(sizes, layout, n, reshard=reshard)
     held["latents"] = step.batch
     held["weights for AdamW"] = FLOAT * -(-sizes.trained // n) if layout.startswith("zero") else 0
     between = max(0 if in_shards else evaluation, gathered.get(layout, state) // n)
@@ -319,12 +304,11 @@ def memory_per_rank(
     return Memory(*({name: size for name, size in part.items() if size} for part in (held, host)))
 
 
-def _exchange(sizes: Sizes, layout: Layout, ranks: int, *, precision: str, reshard: bool) -> int:
-    half = 2 if precision in ("bf16", "fp16") else FLOAT
+def _exchange(sizes: Sizes, layout: Layout, ranks: int, *, reshard: bool) -> int:
     sums: dict[Layout, Callable[[], int]] = {
         "one": lambda: 0,
         "ddp": lambda: FLOAT * sizes.trained,
-        "fsdp2": lambda: half * (sizes.root + 4 * sizes.block if reshard else sizes.parameters + 2 * sizes.block),
+        "fsdp2": lambda: FLOAT * (sizes.root + 4 * sizes.block if reshard else sizes.parameters + 2 * sizes.block),
         "zero1": lambda: FLOAT * (ZERO_BUCKET - (-sizes.trained // ranks)),
         "zero2": lambda: FLOAT * ZERO_BUCKET,
         "zero3": lambda: FLOAT * (ZERO_BUCKET + min(sizes.parameters, ZERO_LIVE)),

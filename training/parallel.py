@@ -208,16 +208,12 @@ class ZeroParallel(Parallel):
 
 
 def _autocast_shards(accelerator: Accelerator, model: nn.Module) -> None:
-    """Have FSDP2 compute as the other layouts do, with weights gathered in bf16.
+    """Have FSDP2 compute as the other layouts do: float32 weights, gathered so, under autocast.
 
-    Accelerate's own policy casts inputs and outputs, and so rounds noise levels to 8 bits, and sums gradients in bf16.
+    Accelerate's own policy casts the model's inputs and outputs too, and so rounds noise levels to 8 bits, and sums
+    gradients in bf16.
     """
-    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16,
-        reduce_dtype=torch.float32,
-        output_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
 
 
