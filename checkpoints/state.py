@@ -27,6 +27,8 @@ from ..files import ASIDE, read_json, write_atomic, write_json
 
 __all__ = ["Progress", "StateReader", "StateWriter", "find_state"]
 
+APPEARS_S = 10.0
+
 
 @dataclass
 class Progress:
@@ -94,11 +96,18 @@ class StateWriter:
         began = time.monotonic()
         self._join()
         aside = self.folder / f"{progress.step:08d}{ASIDE}state"
+        why = f"{aside} is not there for every rank: the run folder must be the same one on all machines"
         if self.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
-            with contextlib.suppress(OSError):  # what is wrong shows again when the parts are written
+            try:
                 aside.mkdir(parents=True)
-        self.any_rank(False)  # the folder is there for all
+            except OSError as error:
+                why = str(error)
+        self.any_rank(False)  # now it is there, or will not be
+        if self.any_rank(not _appears(aside)):
+            self._give_up(aside, progress.step, OSError(why))
+            print(f"{self._error}; training goes on", flush=True)
+            return
         held = {}
         filled = [0] * self.world
         for entry in entries:
@@ -251,6 +260,16 @@ class StateReader:
                 f"{self.folder} holds the state of another model ({kind} of {differ[0]} and {len(differ) - 1} more "
                 "differ): give the preset it was trained with, or another --out"
             )
+
+
+def _appears(folder: Path) -> bool:
+    """Whether it is there; network file systems may take seconds to show it to other machines."""
+    until = time.monotonic() + APPEARS_S
+    while not folder.is_dir():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def part_name(rank: int, world: int) -> str:

@@ -105,13 +105,20 @@ def test_a_full_disk_leaves_the_last_state(latents, tmp_path):
     assert (out / "state/00000009" / PART).read_bytes() == (whole / "state/00000009" / PART).read_bytes()
 
 
+def by_hand(latents: Path, outs: list[Path], *more: str) -> list[subprocess.Popen]:
+    """Ranks of one run, without torchrun, which would end the others when one ends."""
+    meet = {"WORLD_SIZE": str(len(outs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = []
+    for rank, out in enumerate(outs):
+        command = [sys.executable, "-m", "shapeloom", "train", *words(latents, out, *more)]
+        env = {**ENV, **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return started
+
+
 def test_a_lost_rank_ends_the_others_and_the_state_stays(latents, tmp_path):
-    out, ranks = tmp_path / "run", []
-    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "shapeloom", "train", *words(latents, out, "steps=100000", "keep_last=2")]
-    for rank in ("0", "1"):  # without torchrun, which would end the other itself
-        env = {**ENV, **meet, "RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    out = tmp_path / "run"
+    ranks = by_hand(latents, [out, out], "steps=100000", "keep_last=2")
     while not (out / "state/latest").exists():
         assert all(rank.poll() is None for rank in ranks)
         time.sleep(0.01)
@@ -122,6 +129,14 @@ def test_a_lost_rank_ends_the_others_and_the_state_stays(latents, tmp_path):
     assert "another rank ended or did not answer" in errors and "is intact" in errors and "Traceback" not in errors
     folder = out / "state" / (out / "state/latest").read_text()
     assert (folder / "progress.json").exists() and len(list(folder.glob("part-*-of-00002.safetensors"))) == 2
+
+
+def test_ranks_with_run_folders_of_their_own_are_told(latents, tmp_path):
+    ranks = by_hand(latents, [tmp_path / "one", tmp_path / "two"], "steps=3")
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 1 and "the run folder must be the same one on all machines" in errors, errors
+        assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -28,17 +28,19 @@ from .random_stage import random_stage
 
 def samples_per_s(ranks: int, preset: str, steps: int, batch: int | None) -> float:
     """Of a training on so many ranks."""
-    child = ["-m", "shapeloom.launch.bench.ranks", "--child", "--preset", preset, "--steps", str(steps)]
+    child = ["-m", "shapeloom.launch.bench.ranks", "--preset", preset, "--steps", str(steps)]
     child += ["--batch", str(batch)] if batch else []
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launcher, *child], env=env, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as out:
+        words = [sys.executable, *launcher, *child, "--child", out]
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def train(preset: str, steps: int, batch: int | None) -> None:
+def train(preset: str, steps: int, batch: int | None, out: str) -> None:
     """One rank's part; the main one prints samples a second."""
     warm, marks, step = max(2, steps // 5), {}, Log.step
 
@@ -48,9 +50,8 @@ def train(preset: str, steps: int, batch: int | None) -> None:
 
     Log.step = marked  # type: ignore[method-assign]
     overrides = [f"batch_size={batch}"] if batch else []
-    with tempfile.TemporaryDirectory() as out:
-        run, stage = random_stage(preset, [*overrides, f"steps={warm + steps}", f"out={out}"])
-        fit(run, stage, resume="never")
+    run, stage = random_stage(preset, [*overrides, f"steps={warm + steps}", f"out={out}"])
+    fit(run, stage, resume="never")
     if os.environ.get("RANK", "0") == "0":
         print(steps * run.batch_size / (marks[warm + steps] - marks[warm]), flush=True)
 
@@ -61,10 +62,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="default: the preset's")
     parser.add_argument("--steps", type=int, default=40, help="timed in each round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", metavar="OUT", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        train(options.preset, options.steps, options.batch)
+        train(options.preset, options.steps, options.batch, options.child)
         return
     rates: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(options.rounds):
