@@ -3,8 +3,9 @@
     python -m shapeloom.launch.bench.denoiser [--layers 24] [--repeat 3]
 
 Cost model: 24 layers of width 1,024 over 2 x 1,026 tokens are 24·12·1024²·2052 = 620 G multiply-adds in matrices and
-24·2·2·1026²·1024 = 103 G in attention: 1.45 TFLOP. Both programs run these in the same library kernels (a GEMM and
-fused attention), so what is left to gain is the rest: activations, norms, copies, the variance half of the output.
+24·2·2·1026²·1024 = 103 G in attention: 1.45 TFLOP. Attention is the same fused kernel in both programs; products are
+oneDNN's here and MKL's there (models/linear.py), which on AMD's processors is most of the difference. The rest is
+activations in the same pass, norms, copies, the variance half of the output.
 """
 
 from __future__ import annotations
