@@ -202,7 +202,9 @@ class StateWriter:
         write_json(aside / "progress.json", details)
         final = self.folder / f"{details['step']:08d}"
         if final.exists():  # an earlier try's; `latest` may name it, so it must not be missing while it is deleted
-            os.replace(final, self.folder / f"{final.name}{ASIDE}old")
+            old = self.folder / f"{final.name}{ASIDE}old"
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
+            os.replace(final, old)
         os.replace(aside, final)
         write_atomic(self.folder / "latest", final.name)
         _prune(self.folder, details["step"], self.keep_last, self.keep_every)

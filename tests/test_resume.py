@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -65,6 +66,8 @@ def test_a_run_may_begin_again_where_later_states_lie(latents, tmp_path):
     succeed("train", *words(latents, tmp_path, "keep_last=1", "steps=6"), "--resume", "never")
     assert (tmp_path / "state/latest").read_text() == "00000006"
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["00000006", "00000009", "latest"]
+    left = tmp_path / "state/00000009.partial-old"  # by a kill between putting the old state away and deleting it
+    shutil.copytree(tmp_path / "state/00000009", left)
     succeed("train", *words(latents, tmp_path, "keep_last=1"))
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["00000009", "latest"]
 

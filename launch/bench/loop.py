@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from ...training import loop
-from ...training.loop import Stage, fit, make_optimiser
+from ...training.loop import fit, make_optimiser
 from ...training.parallel import Parallel
 from .measure import finish
 from .random_stage import random_stage
@@ -74,17 +74,14 @@ def ours(preset: str, overrides: list[str], warm: int, steps: int) -> tuple[floa
 def bare(preset: str, overrides: list[str], warm: int, steps: int) -> float:
     """Seconds a step of a plain loop on one batch."""
     run, stage = random_stage(preset, overrides)
+    model, optimiser = stage.model, make_optimiser(run, stage.model)
     batch = next(stage.batches(0, 1).iterate(0, 1))
-    return plain_loop(stage, batch, make_optimiser(run, stage.model), warm, steps)
-
-
-def plain_loop(stage: Stage, batch: loop.Batch, optimiser: torch.optim.Optimizer, warm: int, steps: int) -> float:
     for step in range(warm + steps):
         if step == warm:
             began = time.perf_counter()
-        loss_B, _ = stage.loss(stage.model, batch)
+        loss_B, _ = stage.loss(model, batch)
         loss_B.mean().backward()
-        torch.nn.utils.clip_grad_norm_(stage.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), run.optim.max_grad_norm)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
     return (time.perf_counter() - began) / steps
