@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import __version__
-from ..errors import UserError, run_command
-
-MAX_SEEDS = 100_000
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from ..errors import run_command
+from . import cli_eval
+from .options import (
+    CORES,
+    ConfigFile,
+    Device,
+    ImageGuidance,
+    Overrides,
+    PipelineFolder,
+    Preset,
+    RawData,
+    Resume,
+    Seeds,
+    Solver,
+    Steps,
+    TextGuidance,
+    Workers,
+    parse_seeds,
+)
 
 app = typer.Typer(
     name="shapeloom",
@@ -28,66 +42,18 @@ train_app = typer.Typer(
     help="Train one stage: on several devices, accelerate launch -m shapeloom.training.STAGE with the same options.",
     no_args_is_help=True,
 )
-eval_app = typer.Typer(help="Put numbers on what was trained.", no_args_is_help=True)
 import_app = typer.Typer(help="Bring in published weights.", no_args_is_help=True)
 export_app = typer.Typer(help="Hand pipelines to other software.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(import_app, name="import")
 app.add_typer(export_app, name="export")
 app.add_typer(train_app, name="train")
-app.add_typer(eval_app, name="eval")
+app.add_typer(cli_eval.app, name="eval")
 
 
 def main() -> None:
     """Run the command line; the ``shapeloom`` entry point."""
     run_command(app)
-
-
-def parse_seeds(text: str) -> list[int]:
-    """``"0-3"`` -> [0, 1, 2, 3], ``"0,5,7"`` -> [0, 5, 7], ``"0-2,9"`` -> [0, 1, 2, 9]. Raises UserError."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, dash, last = (word.strip() for word in part.partition("-"))
-        numbers = [first, last] if dash else [first]
-        if not all(word.isascii() and word.isdigit() and len(word) < 19 for word in numbers):
-            raise UserError(f"--seeds '{text}' is not understood: write 0-3, or 0,5,7")
-        begin, end = int(numbers[0]), int(numbers[-1])
-        if begin > end:
-            raise UserError(f"--seeds '{text}' counts backwards: write {end}-{begin}")
-        if len(seeds) + end - begin >= MAX_SEEDS:
-            raise UserError(f"--seeds '{text}' names more than {MAX_SEEDS} seeds")
-        seeds.extend(range(begin, end + 1))
-    if len(set(seeds)) != len(seeds):
-        raise UserError(f"--seeds '{text}' names a seed twice")
-    return seeds
-
-
-# --- options that several verbs share --------------------------------------------------------------------------------
-
-Workers = Annotated[int, typer.Option(min=1, help="Processes to use.", show_default="all cores")]
-Preset = Annotated[
-    str | None, typer.Option(help="A preset's name, or a YAML file of that form; tiny:judge takes that section.")
-]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="YAML or JSON over the preset, such as a run's config.json.")
-]
-RawData = Annotated[Path, typer.Option(help="A folder of raw shards.")]
-Resume = Annotated[
-    str, typer.Option(help="auto goes on where OUT was, never starts afresh; or a state folder to go on from.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings over preset and file, such as optim.lr=1e-4."),
-]
-PipelineFolder = Annotated[Path, typer.Argument(metavar="PIPELINE", help="A pipeline folder, as training leaves it.")]
-Seeds = Annotated[str, typer.Option(help="Such as 0-3, or 0,5,7.")]
-Steps = Annotated[int, typer.Option(min=1, max=10_000, help="Sampling steps.")]
-Solver = Annotated[
-    str, typer.Option(help="own, the pipeline's; or dpm++ (models that predict the data): as good in fewer calls.")
-]
-TextGuidance = Annotated[float, typer.Option(min=0.0, help="How strongly the text is followed; 1 is no guidance.")]
-ImageGuidance = Annotated[float, typer.Option(min=0.0, help="How strongly the image is followed; 1 is no guidance.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.", show_default="the best there is")]
 
 
 # --- general ---------------------------------------------------------------------------------------------------------
@@ -355,7 +321,7 @@ def export_diffusers(
     print(f"{out}: {hand_out(load(pipeline), out)}")
 
 
-# --- sampling and evaluation -----------------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------------
 
 
 @app.command(
@@ -402,62 +368,3 @@ def sample(
         solver=solver,
         device=device,
     )
-
-
-@eval_app.command(
-    "r-precision",
-    epilog="Example: shapeloom eval r-precision runs/x/pipeline --data raw/ --judge runs/judge/clip --out runs/x/eval",
-)
-def eval_r_precision(
-    pipeline: PipelineFolder,
-    data: RawData,
-    judge: Annotated[Path, typer.Option(help="A CLIP folder that the pipeline's conditioner is not.")],
-    out: Annotated[Path, typer.Option(help="Where results.json and the pictures go.")],
-    seeds: Seeds = "0",
-    prompts: Annotated[
-        int | None, typer.Option(min=1, help="At most so many test captions.", show_default="all of them")
-    ] = None,
-    image_prompts: Annotated[int, typer.Option(min=0, help="How many objects to make from an image alone.")] = 100,
-    steps: Steps = 24,
-    solver: Solver = "own",
-    text_guidance: TextGuidance = 3.0,
-    image_guidance: ImageGuidance = 2.0,
-    workers: Workers = CORES,
-    device: Device = None,
-) -> None:
-    """Score generated objects by CLIP R-precision, in a random and a hard pool, with intervals."""
-    from ..eval.r_precision import run
-
-    run(
-        pipeline,
-        data,
-        judge,
-        out,
-        seeds=parse_seeds(seeds),
-        prompts=prompts,
-        image_prompts=image_prompts,
-        steps=steps,
-        solver=solver,
-        text_guidance=text_guidance,
-        image_guidance=image_guidance,
-        workers=workers,
-        device=device,
-    )
-
-
-@eval_app.command(
-    "reconstruction",
-    epilog="Example: shapeloom eval reconstruction runs/ae/autoencoder --data raw/ --out runs/ae/eval",
-)
-def eval_reconstruction(
-    autoencoder: Annotated[Path, typer.Argument(metavar="AUTOENCODER", help="An autoencoder folder.")],
-    data: RawData,
-    out: Annotated[Path, typer.Option(help="Where results.json and the pictures go.")],
-    split: Annotated[str | None, typer.Option(help="Which split.", show_default="all that were held out")] = None,
-    count: Annotated[int | None, typer.Option(min=1, help="At most so many objects.", show_default="all")] = None,
-    device: Device = None,
-) -> None:
-    """Compare held-out objects with their reconstructions: IoU, colour, Chamfer distance, F-score."""
-    from ..eval.reconstruction import run
-
-    run(autoencoder, data, out, split=split, count=count, device=device)

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from shapeloom import __version__
 from shapeloom.errors import UserError
-from shapeloom.launch.cli import app, parse_seeds
+from shapeloom.launch.cli import app
+from shapeloom.launch.options import parse_seeds
 
 VERBS = [
     "data procedural",
@@ -41,7 +42,9 @@ def test_help_shows_defaults() -> None:
 
 
 def test_help_and_errors_need_no_torch() -> None:
-    code = "import sys; from shapeloom.launch import cli; cli.parse_seeds('0'); print('torch' in sys.modules)"
+    code = (
+        "import sys; from shapeloom.launch import cli, options; options.parse_seeds('0'); print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
