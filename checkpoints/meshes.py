@@ -15,7 +15,7 @@ import numpy as np
 from ..files import write_atomic
 from ..models.mesh import ExtractedMesh
 
-__all__ = ["write_glb"]
+__all__ = ["write_empty_glb", "write_glb"]
 
 FLOAT, UINT16, UINT32 = 5126, 5123, 5125
 MATTE = {"pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 0.9}}
@@ -60,15 +60,21 @@ def write_glb(path: str | Path, mesh: ExtractedMesh) -> None:
     write_atomic(path, _container(json.dumps(tree).encode(), b"".join(chunks)))
 
 
+def write_empty_glb(path: str | Path) -> None:
+    """Write a scene without an object: what stands for a generation that came to nothing."""
+    tree = {"asset": {"version": "2.0", "generator": "shapeloom"}, "scene": 0, "scenes": [{}]}
+    write_atomic(path, _container(json.dumps(tree).encode(), b""))
+
+
 def _container(tree: bytes, buffer: bytes) -> bytes:
-    """The GLB file of a JSON chunk and a binary chunk (glTF 2.0 §4.4)."""
-    tree += b" " * (-len(tree) % 4)
-    buffer += b"\0" * (-len(buffer) % 4)
-    total = 12 + 8 + len(tree) + 8 + len(buffer)
-    head = struct.pack("<4sII", b"glTF", 2, total)
-    return b"".join(
-        [head, struct.pack("<I4s", len(tree), b"JSON"), tree, struct.pack("<I4s", len(buffer), b"BIN\0"), buffer]
-    )
+    """The GLB file of a JSON chunk and, if there is any, a binary one (glTF 2.0 §4.4)."""
+    chunks = [_chunk(b"JSON", tree, b" ")] + ([_chunk(b"BIN\0", buffer, b"\0")] if buffer else [])
+    return struct.pack("<4sII", b"glTF", 2, 12 + sum(map(len, chunks))) + b"".join(chunks)
+
+
+def _chunk(kind: bytes, data: bytes, padding: bytes) -> bytes:
+    data += padding * (-len(data) % 4)
+    return struct.pack("<I4s", len(data), kind) + data
 
 
 def _vertex_normals(mesh: ExtractedMesh) -> np.ndarray:

@@ -129,7 +129,7 @@ class _Reader:
                 attributes[name] = self.data.accessor(accessor)
         positions = attributes["POSITION"].astype(np.float32)
         if not np.isfinite(positions).all():
-            raise Rejected("some of its coordinates are not finite numbers")
+            raise Rejected("some of its coordinates are not finite numbers", kind="not finite")
         self.limits.check("vertices", len(positions), self.limits.vertices)
         if corners is None:
             indices = primitive.get("indices")
@@ -189,7 +189,7 @@ class _Reader:
                 self.limits.check("vertices", n_vertices, self.limits.vertices)
                 placed.append(self._placed(mesh, influences, node, worlds, worlds[node_index]))
         if not placed:
-            raise Rejected("its scene has no triangles", "export the meshes too, as triangles")
+            raise Rejected("its scene has no triangles", "export the meshes too, as triangles", kind="empty")
         return merge(placed)
 
     def _worlds(self) -> dict[int, np.ndarray]:
@@ -302,5 +302,5 @@ def _local(node: dict[str, Any]) -> np.ndarray:
         matrix[:3, :3] *= np.array(node.get("scale", (1, 1, 1)), np.float64)
         matrix[:3, 3] = node.get("translation", (0, 0, 0))
     if not np.isfinite(matrix).all():
-        raise Rejected("a node's transform is not finite")
+        raise Rejected("a node's transform is not finite", kind="not finite")
     return matrix

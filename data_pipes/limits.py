@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -18,14 +20,20 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TGA", "GIF", "TIFF")
 
 
 class Rejected(UserError):
-    """A 3D file that is left out, with one sentence saying why and one saying what would help."""
+    """A 3D file that is left out, with one sentence saying why and one saying what would help.
 
-    def __init__(self, reason: str, hint: str = "open it in a 3D editor and export it again") -> None:
+    kind: "empty" (no surface), "not finite" (coordinates that are no numbers) or "unreadable" (all else).
+    """
+
+    def __init__(
+        self, reason: str, hint: str = "open it in a 3D editor and export it again", *, kind: str = "unreadable"
+    ) -> None:
         super().__init__(f"{reason}: {hint}")
-        self.reason, self.hint = reason, hint
+        self.reason, self.hint, self.kind = reason, hint, kind
 
     def __reduce__(self) -> tuple:
-        return Rejected, (self.reason, self.hint)  # the default would call it with the joined message alone
+        # The default would call it with the joined message alone.
+        return partial(Rejected, kind=self.kind), (self.reason, self.hint)
 
 
 @dataclass(frozen=True)
@@ -52,12 +60,16 @@ class Limits:
 
 
 class Sidecars:
-    """Read access to the files that a 3D file names: only inside `root`, never the network, with a limit on bytes."""
+    """Read access to the files that a 3D file names: only inside `root`, never the network, with a limit on bytes.
+
+    hashes: of what was asked for so far, sha256 by name; None for a file that is not there.
+    """
 
     def __init__(self, path: Path, root: Path | None, limits: Limits) -> None:
         self.folder = path.parent.resolve()
         self.root = (root or path.parent).resolve()
         self._left = limits.file_bytes
+        self.hashes: dict[str, str | None] = {}
 
     def read(self, name: str) -> bytes:
         """The bytes of a file named relative to the 3D file.
@@ -67,11 +79,14 @@ class Sidecars:
         tried = [self._inside(name), self._inside(unquote(name).replace("\\", "/"))]
         found = next((path for path in tried if path.is_file()), None)
         if found is None:
+            self.hashes[name] = None
             raise FileNotFoundError(name)
         self._left -= found.stat().st_size
         if self._left < 0:
             raise Rejected("the files it names are too large together", "leave it out")
-        return found.read_bytes()
+        data = found.read_bytes()
+        self.hashes[name] = hashlib.sha256(data).hexdigest()
+        return data
 
     def _inside(self, name: str) -> Path:
         path = (self.folder / name).resolve()

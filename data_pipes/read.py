@@ -25,7 +25,12 @@ SUFFIXES = (".glb", ".gltf", ".obj", ".off", ".ply", ".stl")
 
 
 def read_mesh(
-    path: str | Path, limits: Limits | None = None, *, root: str | Path | None = None, warnings: list[str] | None = None
+    path: str | Path,
+    limits: Limits | None = None,
+    *,
+    root: str | Path | None = None,
+    warnings: list[str] | None = None,
+    sidecars: dict[str, str | None] | None = None,
 ) -> Mesh:
     """Read a GLB, glTF, OBJ, OFF, PLY or STL file.
 
@@ -33,6 +38,7 @@ def read_mesh(
         limits: on sizes; more is refused before it is decoded where the format allows.
         root: files that it names (textures, buffers) must lie in here; its own folder by default.
         warnings: gets a sentence for everything that was left out but does not spoil the mesh.
+        sidecars: gets name and sha256 of every file that it names, None for one that is not there.
     Returns: all triangles of the file's scene in its own frame and units, at rest where it is animated.
     Raises: Rejected, with a reason and a hint.
     """
@@ -40,12 +46,14 @@ def read_mesh(
     limits = limits or Limits()
     warnings = [] if warnings is None else warnings
     data = _bytes(path, limits)
-    sidecars = Sidecars(path, None if root is None else Path(root), limits)
+    beside = Sidecars(path, None if root is None else Path(root), limits)
+    if sidecars is not None:
+        beside.hashes = sidecars
     suffix = path.suffix.lower()
     if suffix in (".glb", ".gltf"):
-        mesh = read_gltf(data, sidecars, limits, warnings)
+        mesh = read_gltf(data, beside, limits, warnings)
     elif suffix in SUFFIXES:
-        mesh = _read_by_trimesh(data, suffix[1:], sidecars, limits, warnings)
+        mesh = _read_by_trimesh(data, suffix[1:], beside, limits, warnings)
     else:
         raise Rejected(f"{suffix or 'a file without suffix'} is not a format read here", f"convert it to {SUFFIXES[0]}")
     return _checked(mesh, limits)
@@ -71,9 +79,11 @@ def _checked(mesh: Mesh, limits: Limits) -> Mesh:
     limits.check("vertices", len(mesh.vertices), limits.vertices)
     limits.check("faces", len(mesh.faces), limits.faces)
     if not len(mesh.faces):
-        raise Rejected("it has no triangles", "export the meshes too, as triangles")
+        raise Rejected("it has no triangles", "export the meshes too, as triangles", kind="empty")
     if not mesh.face_areas.sum() > 0:
-        raise Rejected("all its triangles are without area", "check its scale; coordinates may be lost in rounding")
+        raise Rejected(
+            "all its triangles are without area", "check its scale; coordinates may be lost in rounding", kind="empty"
+        )
     return mesh
 
 
@@ -100,7 +110,7 @@ def _read_by_trimesh(data: bytes, kind: str, sidecars: Sidecars, limits: Limits,
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise Rejected(f"its {kind.upper()} data cannot be read ({what})") from error
     if not parts:
-        raise Rejected("it has no triangles", "export the meshes too, as triangles")
+        raise Rejected("it has no triangles", "export the meshes too, as triangles", kind="empty")
     textures: dict[int, Material] = {}
     pixels_left = limits.texture_pixels
     meshes = []
@@ -166,7 +176,7 @@ def _from_trimesh(part: Any, textures: dict[int, Material], pixels_left: int, wa
         raise Rejected("a face names a vertex that does not exist")
     used = vertices[np.unique(faces)]
     if not np.isfinite(used.astype(np.float32)).all():
-        raise Rejected("some of its coordinates are not finite numbers")
+        raise Rejected("some of its coordinates are not finite numbers", kind="not finite")
     vertices = np.nan_to_num(vertices, nan=0.0, posinf=0.0, neginf=0.0)
     visual = part.visual
     corner_rgba = corner_uv = None

@@ -19,11 +19,14 @@ from .mesh import Mesh, linear_to_srgb
 
 __all__ = ["Hits", "RayScene", "Views", "composite", "random_rig", "render"]
 
+VERSION = 1  # of the pixels: it changes with anything that changes them, so that no score rests on stale renders
+
 # Shading of `Views.lit`, in linear light: albedo * (AMBIENT + DIFFUSE * wrapped Lambert of one light that is fixed to
 # the camera, above and left of it). The wrap keeps a gradient on surfaces that look away from the light.
 AMBIENT = 0.2
 DIFFUSE = 0.8
 WRAP = 0.4
+TEXTURELESS_ALBEDO = 0.6  # linear light; what every surface has where only its shape is to be seen
 LIGHT_IN_CAMERA = np.array([-0.4, 0.7, 0.6]) / np.linalg.norm([-0.4, 0.7, 0.6])
 
 MAX_LAYERS = 8  # see-through surfaces followed along one ray
@@ -38,6 +41,7 @@ class Views:
     Args:
         albedo: uint8 [V, H, W, 4] unlit colour, sRGB with straight alpha; all zero where nothing is.
         lit: uint8 [V, H, W, 4] shaded colour, same alpha.
+        textureless: uint8 [V, H, W, 4] the same shading with one grey for every surface, same alpha.
         depth: float32 [V, H, W] distance along the viewing axis in object units, mean of the pixel's covered samples,
             infinite where nothing is.
         normal: float32 [V, H, W, 3] unit normal in the object frame, turned towards the camera; zero where nothing is.
@@ -45,6 +49,7 @@ class Views:
 
     albedo: np.ndarray
     lit: np.ndarray
+    textureless: np.ndarray
     depth: np.ndarray
     normal: np.ndarray
 
@@ -110,10 +115,11 @@ def render(mesh: Mesh, cameras: Cameras, *, samples_per_axis: int = 2) -> Views:
         for start in range(0, len(cameras), step)
     ]
     n_views, height, width = len(cameras), cameras.height, cameras.width
-    albedo, lit, depth, normal = (np.concatenate(arrays) for arrays in zip(*parts))
+    albedo, lit, textureless, depth, normal = (np.concatenate(arrays) for arrays in zip(*parts))
     return Views(
         albedo.reshape(n_views, height, width, 4),
         lit.reshape(n_views, height, width, 4),
+        textureless.reshape(n_views, height, width, 4),
         depth.reshape(n_views, height, width),
         normal.reshape(n_views, height, width, 3),
     )
@@ -145,7 +151,7 @@ def random_rig(rng: np.random.Generator, n_views: int, size: int) -> Cameras:
 
 
 def _render_some(mesh: Mesh, scene: RayScene, cameras: Cameras, samples_per_axis: int) -> tuple[np.ndarray, ...]:
-    """Albedo, lit, depth and normal of all pixels of a few views, in one row."""
+    """The arrays of `Views`, of all pixels of a few views in one row."""
     directions_N3 = _directions(cameras, samples_per_axis)
     n_pixels, n_samples = len(cameras) * cameras.height * cameras.width, samples_per_axis**2
     rays_per_view = cameras.height * cameras.width * n_samples
@@ -225,17 +231,19 @@ def _shade(
 
 
 # Columns of the features that are added up over a pixel's samples.
-_ALBEDO, _LIT, _ALPHA, _DEPTH, _NORMAL, _COVERED = slice(0, 3), slice(3, 6), 6, 7, slice(8, 11), 11
+_ALBEDO, _LIT, _SHADE, _ALPHA, _DEPTH, _NORMAL, _COVERED = slice(0, 3), slice(3, 6), 6, 7, 8, slice(9, 12), 12
+_COLOURS = slice(0, 7)
 
 
 def _features(
     albedo_K4: np.ndarray, shade_K: np.ndarray, depth_K: np.ndarray, normal_K3: np.ndarray, passing_K: np.ndarray
 ) -> np.ndarray:
-    """[K, 12]: what each met surface adds to its pixel. Colours are premultiplied; depth is the first surface's."""
-    features_KC = np.empty((len(depth_K), 12), np.float32)
+    """[K, 13]: what each met surface adds to its pixel. Colours are premultiplied; depth is the first surface's."""
+    features_KC = np.empty((len(depth_K), 13), np.float32)
     alpha_K = albedo_K4[:, 3] * passing_K
     features_KC[:, _ALBEDO] = albedo_K4[:, :3] * alpha_K[:, None]
     features_KC[:, _LIT] = features_KC[:, _ALBEDO] * shade_K[:, None]
+    features_KC[:, _SHADE] = alpha_K * shade_K * TEXTURELESS_ALBEDO
     features_KC[:, _ALPHA] = alpha_K
     first_K = (passing_K == 1) & (alpha_K > 0)
     features_KC[:, _DEPTH] = depth_K * first_K
@@ -244,16 +252,13 @@ def _features(
     return features_KC
 
 
-def _pixels(
-    pixel_K: np.ndarray, features_KC: np.ndarray, n_pixels: int, n_samples: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Albedo, lit, depth and normal of `n_pixels` pixels from the features of their samples."""
-    albedo = np.zeros((n_pixels, 4), np.uint8)
-    lit = np.zeros((n_pixels, 4), np.uint8)
+def _pixels(pixel_K: np.ndarray, features_KC: np.ndarray, n_pixels: int, n_samples: int) -> tuple[np.ndarray, ...]:
+    """The arrays of `Views`, of `n_pixels` pixels in one row, from the features of their samples."""
+    albedo, lit, textureless = (np.zeros((n_pixels, 4), np.uint8) for _ in range(3))
     depth = np.full(n_pixels, np.inf, np.float32)
     normal = np.zeros((n_pixels, 3), np.float32)
     if not len(pixel_K):
-        return albedo, lit, depth, normal
+        return albedo, lit, textureless, depth, normal
     if (np.diff(pixel_K) < 0).any():  # several layers
         order = np.argsort(pixel_K, kind="stable")
         pixel_K, features_KC = pixel_K[order], features_KC[order]
@@ -261,10 +266,12 @@ def _pixels(
     sums = np.add.reduceat(features_KC, first, axis=0)
     seen = np.rint(255 * sums[:, _ALPHA] / n_samples) > 0
     sums, where = sums[seen], pixel_K[first][seen]
-    rgb = linear_to_srgb(np.concatenate([sums[:, _ALBEDO], sums[:, _LIT]], axis=1) / sums[:, _ALPHA, None])
-    albedo[where, :3], lit[where, :3] = np.rint(255 * rgb[:, :3]), np.rint(255 * rgb[:, 3:])
-    albedo[where, 3] = lit[where, 3] = np.rint(255 * sums[:, _ALPHA] / n_samples)
+    colours = np.rint(255 * linear_to_srgb(sums[:, _COLOURS] / sums[:, _ALPHA, None])).astype(np.uint8)
+    albedo[where, :3], lit[where, :3] = colours[:, _ALBEDO], colours[:, _LIT]
+    textureless[where, :3] = colours[:, _SHADE, None]
+    alpha = np.rint(255 * sums[:, _ALPHA] / n_samples)
+    albedo[where, 3] = lit[where, 3] = textureless[where, 3] = alpha
     depth[where] = sums[:, _DEPTH] / sums[:, _COVERED]
     length = np.linalg.norm(sums[:, _NORMAL], axis=1, keepdims=True)
     normal[where] = np.divide(sums[:, _NORMAL], length, out=np.zeros_like(sums[:, _NORMAL]), where=length > 1e-6)
-    return albedo, lit, depth, normal
+    return albedo, lit, textureless, depth, normal
