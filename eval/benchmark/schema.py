@@ -8,12 +8,12 @@ prompts. `per_prompt.csv` beside it has one line for each evaluator, shading, ga
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import UserError
-from ..files import read_json
+from ...errors import UserError
+from ...files import read_json
 
 __all__ = [
     "FORMAT",
@@ -35,7 +35,7 @@ __all__ = [
     "read_results",
 ]
 
-FORMAT = "shapeloom-r-precision/2"
+FORMAT: Final = "shapeloom-r-precision/2"
 METRICS = ("r@1", "r@5", "r@10", "mrr", "cosine", "margin")
 
 # The columns of per_prompt.csv. Of an object that failed, the scores r@k and mrr are 0 and the rest is empty.
