@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-__all__ = ["bullet", "interval_bar", "line_plot", "time_bars"]
+__all__ = ["against_chance", "bullet", "histogram", "interval_bar", "line_plot", "time_bars"]
 
 COLOURS = ("var(--c1)", "var(--c2)", "var(--c3)", "var(--c4)")
 MOST_POINTS = 400
@@ -14,14 +14,24 @@ Points = Sequence[tuple[float, float]]
 
 
 def line_plot(
-    series: Mapping[str, Points], *, title: str, log: bool = False, width: int = 440, height: int = 230
+    series: Mapping[str, Points],
+    *,
+    title: str,
+    log: bool = False,
+    x_label: str = "minutes",
+    x_ticks: Sequence[float] | None = None,
+    y_range: tuple[float, float] | None = None,
+    width: int = 440,
+    height: int = 230,
 ) -> str:
-    """Curves against minutes.
+    """Curves, against minutes unless `x_label` names something else.
 
     A curve of many points is drawn faintly, with a running mean on top.
 
     Args:
-        series: name to (minutes, value); values that are not finite are left out (with `log`, also those not positive).
+        series: name to (x, y); values that are not finite are left out (with `log`, also those not positive).
+        x_ticks: the first and the last are the ends of the axis; round numbers from 0 to the last point if left out.
+        y_range: as wide as the curves if left out; with `log`, powers of ten.
     """
     kept = {
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log)]
@@ -33,8 +43,8 @@ def line_plot(
     to_y = math.log10 if log else float
     xs = [x for points in kept.values() for x, _ in points]
     ys = [to_y(y) for points in kept.values() for _, y in points]
-    x_lo, x_hi = 0.0, max(max(xs), 1e-6)
-    y_lo, y_hi = _roomy(min(ys), max(ys))
+    x_lo, x_hi = (x_ticks[0], x_ticks[-1]) if x_ticks else (0.0, max(max(xs), 1e-6))
+    y_lo, y_hi = y_range or _roomy(min(ys), max(ys))
     left, right, top, bottom = 46, 12, 30, 30
 
     def at(x: float, y: float) -> str:
@@ -46,14 +56,14 @@ def line_plot(
     parts.append(f'<text class="plot-title" x="{left}" y="14">{escape(title)}</text>')
     for tick in _log_ticks(y_lo, y_hi) if log else _ticks(y_lo, y_hi):
         value = 10**tick if log else tick
-        y = at(0, value).split(",")[1]
+        y = at(x_lo, value).split(",")[1]
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="tick" x="{left - 6}" y="{float(y) + 3.5:.1f}" text-anchor="end">{value:.3g}</text>')
-    for tick in _ticks(x_lo, x_hi):
+    for tick in x_ticks or _ticks(x_lo, x_hi):
         x = at(tick, 10**y_lo if log else y_lo).split(",")[0]
         parts.append(f'<text class="tick" x="{x}" y="{height - bottom + 15}" text-anchor="middle">{tick:.3g}</text>')
-    parts.append(f'<text class="tick" x="{width - right}" y="{height - 3}" text-anchor="end">minutes</text>')
-    legend_x = left + 8 * len(title)
+    parts.append(f'<text class="tick" x="{width - right}" y="{height - 3}" text-anchor="end">{escape(x_label)}</text>')
+    legend_x = left + 16 + 8 * len(title)
     for (name, points), colour in zip(kept.items(), COLOURS * 9, strict=False):
         many = len(points) > 40
         drawn = " ".join(at(x, y) for x, y in points)
@@ -98,10 +108,55 @@ def interval_bar(mean: float, lo: float, hi: float) -> str:
     """A dot at the mean and a line over the interval, on a scale of 0 to 1."""
     width = 120
     return (
-        f'<svg class="interval" viewBox="-4 0 {width + 8} 12"><line class="axis" x1="0" x2="{width}" y1="6" y2="6"/>'
+        f'<svg class="interval" aria-hidden="true" viewBox="-4 0 {width + 8} 12">'
+        f'<line class="axis" x1="0" x2="{width}" y1="6" y2="6"/>'
         f'<line class="span" x1="{lo * width:.1f}" x2="{hi * width:.1f}" y1="6" y2="6"/>'
         f'<circle class="dot" cx="{mean * width:.1f}" cy="6" r="3.5"/></svg>'
     )
+
+
+def against_chance(intervals: Mapping[str, tuple[float, float, float]]) -> str:
+    """One line a name of (mean, lo, hi) on a scale of 0 to 1, with a mark at 1/2; the first is the one that matters."""
+    width, step = 160, 14
+    height = step * len(intervals)
+    middle = width / 2
+    parts = [f'<line class="chance" x1="{middle}" x2="{middle}" y1="0" y2="{height}"/>']
+    for place, (name, (mean, lo, hi)) in enumerate(intervals.items()):
+        y = step * place + step / 2
+        parts.append(
+            f'<g class="{"first" if place == 0 else "other"}"><title>{escape(name)}</title>'
+            f'<line class="axis" x1="0" x2="{width}" y1="{y}" y2="{y}"/>'
+            f'<line class="span" x1="{lo * width:.1f}" x2="{hi * width:.1f}" y1="{y}" y2="{y}"/>'
+            f'<circle class="dot" cx="{mean * width:.1f}" cy="{y}" r="3.5"/></g>'
+        )
+    return f'<svg class="against" aria-hidden="true" viewBox="-4 0 {width + 8} {height}">{"".join(parts)}</svg>'
+
+
+def histogram(counts: Mapping[str, int], *, title: str, bad: str = "", width: int = 440, height: int = 230) -> str:
+    """Upright bars with their counts.
+
+    Args:
+        bad: the bar that counts failures.
+    """
+    left, right, top, bottom = 12, 12, 44, 24
+    tallest, step = max(counts.values(), default=0) or 1, (width - left - right) / max(len(counts), 1)
+    label = f"{title}: " + ", ".join(f"{name} {count}" for name, count in counts.items())
+    parts = [
+        f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
+        f'<text class="plot-title" x="{left}" y="14">{escape(title)}</text>'
+        f'<line class="grid" x1="{left}" x2="{width - right}" y1="{height - bottom}" y2="{height - bottom}"/>'
+    ]
+    for place, (name, count) in enumerate(counts.items()):
+        tall = count / tallest * (height - top - bottom)
+        x, y = left + place * step, height - bottom - tall
+        style = "bad" if name == bad else "time"
+        parts.append(
+            f'<rect class="{style}" x="{x + 0.1 * step:.1f}" y="{y:.1f}" width="{0.8 * step:.1f}" height="{tall:.1f}"/>'
+            f'<text class="tick" x="{x + step / 2:.1f}" y="{y - 4:.1f}" text-anchor="middle">{count}</text>'
+            f'<text class="tick" x="{x + step / 2:.1f}" y="{height - bottom + 15}" text-anchor="middle">'
+            f"{escape(name)}</text>"
+        )
+    return "".join(parts) + "</svg>"
 
 
 def time_bars(seconds: Mapping[str, float], *, width: int = 900) -> str:

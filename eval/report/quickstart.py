@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..files import read_json, write_atomic
+from ...files import read_json, write_atomic
+from ..benchmark.schema import Interval, Results, read_results
+from .parts import card, reconstruction, section, table
 from .plots import bullet, line_plot, time_bars
-from .report_tables import card, from_pictures, reconstruction, retrieval, section, table, two_way
-from .scoring import find
 
 __all__ = ["CORE_FIGURES", "Figure", "ReportInput", "read_figures", "write_report"]
 
@@ -26,7 +26,7 @@ FRAME = """<!doctype html>
 {body}
 </main></body></html>
 """
-STYLE = Path(__file__).with_name("report.css")
+STYLE = Path(__file__).with_name("page.css")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class ReportInput:
 
 def read_figures(report: ReportInput) -> dict[str, tuple[Figure, float | None]]:
     """Each figure with its value in the results (None where there is no such result)."""
-    precision, rebuilt = _results(report.r_precision), _results(report.reconstruction)
+    precision, rebuilt = _precision(report), _reconstruction(report)
     return {figure.key: (figure, _value(figure.key, precision, rebuilt)) for figure in report.figures}
 
 
@@ -99,16 +99,13 @@ def write_report(report: ReportInput, out_html: str | Path) -> Path:
     Raises: UserError for a results.json that is damaged.
     """
     out_html = Path(out_html)
-    precision, rebuilt = _results(report.r_precision), _results(report.reconstruction)
+    precision, rebuilt = _precision(report), _reconstruction(report)
     body = [
         f"<h1>{escape(report.title)}</h1>",
         '<p class="lead">From 3D files to a trained text-and-image-to-3D model to a number.</p>',
-        _headline(precision, rebuilt, report),
+        _headline(precision, rebuilt, report, out_html.parent),
         _gates(report),
         _objects(report, out_html.parent),
-        retrieval(precision),
-        two_way(precision),
-        from_pictures(precision),
         reconstruction(rebuilt),
         _curves(report.logs),
         _times(report, precision),
@@ -119,61 +116,76 @@ def write_report(report: ReportInput, out_html: str | Path) -> Path:
     return out_html
 
 
-def _results(folder: Path | None) -> dict[str, Any] | None:
-    path = Path(folder) / "results.json" if folder else None
+def _precision(report: ReportInput) -> Results | None:
+    folder = report.r_precision
+    return read_results(folder) if folder and (Path(folder) / "results.json").exists() else None
+
+
+def _reconstruction(report: ReportInput) -> dict[str, Any] | None:
+    path = Path(report.reconstruction) / "results.json" if report.reconstruction else None
     return read_json(path, "evaluation results") if path and path.exists() else None
 
 
-def _value(key: str, precision: dict[str, Any] | None, rebuilt: dict[str, Any] | None) -> float | None:
+def _value(key: str, precision: Results | None, rebuilt: dict[str, Any] | None) -> float | None:
     """A figure's value by its key (see `Figure`)."""
     kind, *path = key.split("/")
-    interval = None
-    if kind == "empty_share" and precision:
-        return precision["counts"]["empty"] / precision["counts"]["objects"]
-    if kind in ("iou", "color_l1") and rebuilt:
-        interval = rebuilt["scores"].get(kind)
-    if kind == "r@1" and precision:
-        pool, row, group = path
-        interval = find(precision["rows"], row, pool, group, "r@1")
-    if kind == "two-way" and precision:
-        row, swap, group = path
-        interval = find(precision["two_way"], row, swap, group, "accuracy")
-    return interval["mean"] if interval else None
+    if kind in ("iou", "color_l1"):
+        return rebuilt["scores"].get(kind, {}).get("mean") if rebuilt else None
+    if precision is None:
+        return None
+    if kind == "empty_share":
+        return sum(miss.kind == "empty" for miss in precision.failures) / precision.inputs["objects"]
+    interval = _r_at_1(precision, *path) if kind == "r@1" else _two_way(precision, *path)
+    return interval.mean if interval else None
 
 
-def _headline(precision: dict[str, Any] | None, rebuilt: dict[str, Any] | None, report: ReportInput) -> str:
+def _r_at_1(precision: Results, gallery: str, row: str, group: str) -> Interval | None:
+    return (precision.score(row, gallery, group) or {}).get("r@1")
+
+
+def _two_way(precision: Results, row: str, kind: str, group: str) -> Interval | None:
+    first = precision.headline.evaluator or precision.evaluators[0].name
+    for entry in precision.two_way:
+        where = (entry.row, entry.kind, entry.group, entry.evaluator, entry.shading)
+        if where == (row, kind, group, first, "colour"):
+            return entry.accuracy
+    return None
+
+
+def _headline(precision: Results | None, rebuilt: dict[str, Any] | None, report: ReportInput, beside: Path) -> str:
     """The number, what it says, and the few others worth a glance."""
     tiles = []
     if precision:
-        pool = list(precision["counts"]["pools"])[-1]
-        for entry in precision["rows"]:
-            if (entry["row"], entry["pool"]) == ("generated", pool) and entry["group"] != "all":
-                tiles.append((f"{100 * entry['r@1']['mean']:.1f} %", entry["group"]))
-        if order := find(precision["two_way"], "generated", "order", "all", "accuracy"):
-            tiles.append((f"{100 * order['mean']:.1f} %", "order of two objects right (chance 50)"))
+        gallery = precision.headline.gallery or precision.galleries[-1].name
+        for group in dict.fromkeys(score.group for score in precision.scores if score.group != "all"):
+            if score := _r_at_1(precision, gallery, "generated", group):
+                tiles.append((f"{100 * score.mean:.1f} %", group))
+        if order := _two_way(precision, "generated", "order", "all"):
+            tiles.append((f"{100 * order.mean:.1f} %", "order of two objects right (chance 50)"))
     if rebuilt and "iou" in rebuilt["scores"]:
         tiles.append((f"{rebuilt['scores']['iou']['mean']:.3f}", "autoencoder IoU, held out"))
     if report.timings:
         tiles.append((f"{sum(report.timings.values()) / 60:.1f} min", "of work in all steps"))
     cells = "".join(f'<div class="tile"><b>{value}</b><span>{escape(name)}</span></div>' for value, name in tiles)
-    return _main_number(precision) + (f'<div class="tiles">{cells}</div>' if cells else "")
+    return _main_number(precision, report, beside) + (f'<div class="tiles">{cells}</div>' if cells else "")
 
 
-def _main_number(precision: dict[str, Any] | None) -> str:
-    """R@1 of the generated objects in the hardest pool, in words."""
-    if not precision:
+def _main_number(precision: Results | None, report: ReportInput, beside: Path) -> str:
+    """R@1 of the generated objects in the headline's gallery, in words."""
+    if precision is None or precision.headline.r_at_1 is None or precision.headline.gallery is None:
         return ""
-    pool, size = list(precision["counts"]["pools"].items())[-1]
-    score, chance, truth = (
-        find(precision["rows"], row, pool, "all", "r@1") or {} for row in ("generated", "chance", "true renders")
-    )
-    swapped = ", swapped captions included" if pool == "hard" else ""
+    score, gallery = precision.headline.r_at_1, precision.headline.gallery
+    size = next(one.size for one in precision.galleries if one.name == gallery)
+    swapped = ", swapped captions included" if gallery == "hard" else ""
+    truth = _r_at_1(precision, gallery, "true renders", "all")
+    ceiling = f" True renders reach {100 * truth.mean:.1f} %." if truth else ""
+    page = f"{os.path.relpath(report.r_precision, beside)}/report.html" if report.r_precision else ""
     return (
-        f'<div class="card headline"><div class="big">{100 * score["mean"]:.1f}<small> %</small></div>'
-        f"<p><b>CLIP R-precision, {pool} pool</b> (95 % interval {100 * score['lo']:.1f}–{100 * score['hi']:.1f}): "
-        f"the share of objects, made for {score['prompts']} prompts with {score['seeds']} seed(s) each, whose own "
-        f"caption is the nearest of {size}{swapped}. The judge is a CLIP that took no part in conditioning. True "
-        f"renders reach {100 * truth['mean']:.1f} %, blind guessing {100 * chance['mean']:.2f} %.</p></div>"
+        f'<div class="card headline"><div class="big">{100 * score.mean:.1f}<small> %</small></div>'
+        f"<p><b>CLIP R-precision, gallery {gallery}</b> (95 % interval {100 * score.lo:.1f}–{100 * score.hi:.1f}): "
+        f"the share of objects, made for {score.prompts} prompts with {score.seeds} seed(s) each, whose own caption is "
+        f"the nearest of {size}{swapped}. The judge is a CLIP that took no part in conditioning.{ceiling} "
+        f'<a href="{quote(page)}">All of its tables, controls and objects</a>.</p></div>'
     )
 
 
@@ -256,22 +268,23 @@ def _log_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _times(report: ReportInput, precision: dict[str, Any] | None) -> str:
+def _times(report: ReportInput, precision: Results | None) -> str:
     parts = [card(time_bars(report.timings))] if report.timings else []
     if precision:
-        inside = {name: value for name, value in precision["timings_s"].items() if name != "all"}
+        inside = {name: value for name, value in precision.timings_s.items() if name != "all"}
         parts += ["<h3>Within R-precision</h3>", card(time_bars(inside))]
     return section("Time", "", *parts)
 
 
-def _again(report: ReportInput, precision: dict[str, Any] | None, rebuilt: dict[str, Any] | None) -> str:
+def _again(report: ReportInput, precision: Results | None, rebuilt: dict[str, Any] | None) -> str:
     """Commands, settings, hashes, versions."""
     facts: dict[str, Any] = dict(report.facts)
-    for results in filter(None, (rebuilt, precision)):
-        facts |= {**results["settings"], **results["environment"]}
-        facts |= {f"{name} hash": value[:16] for name, value in results["hashes"].items()}
+    if rebuilt:
+        facts |= {**rebuilt["settings"], **rebuilt["environment"]}
+        facts |= {f"{name} hash": value[:16] for name, value in rebuilt["hashes"].items()}
     if precision:
-        facts |= {"protocol": precision["protocol"]["name"], "notes": "; ".join(precision["notes"]) or "none"}
+        facts |= {"protocol": f"{precision.protocol['name']} {precision.protocol['hash'][:16]}"}
+        facts |= {"notes": "; ".join(precision.notes) or "none", **precision.environment}
     listed = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
     commands = f"<pre>{escape(chr(10).join(report.commands))}</pre>" if report.commands else ""
     folded = (
