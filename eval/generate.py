@@ -25,10 +25,11 @@ from ..models.cameras import orbit
 from ..models.mesh import ExtractedMesh, extract_mesh
 from ..models.pipeline import ShapeloomPipeline
 from ..progress import Bar
-from .renders import is_empty, to_mesh
+from .meshes import is_empty, to_mesh
+from .picture_files import open_picture
 from .sheets import Cell, contact_sheet
 
-__all__ = ["Request", "generate", "generate_batch", "open_picture", "sample"]
+__all__ = ["Request", "generate", "generate_batch", "sample"]
 
 SAMPLES_FORMAT = "shapeloom-samples/1"
 PICTURE_SIZE = 256
@@ -36,7 +37,6 @@ PICTURE_VIEW = (20.0, 20.0)  # azimuth, elevation in degrees
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 VIEWS_SHOWN = 4
 LONGEST_TEXT = 2000
-MOST_PIXELS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -193,33 +193,6 @@ def sample(
     write_json(out / "samples.json", record)
     _tell(out, samples)
     return record
-
-
-def open_picture(path: str | Path) -> Image.Image:
-    """A picture file as RGB on white, turned as its EXIF says.
-
-    Raises: UserError naming the file, if it is missing, no picture, damaged, or so large that it looks like an attack.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"image {path} does not exist or is not a file")
-    try:
-        with Image.open(path) as probe:
-            pixels = probe.width * probe.height
-            probe.verify()
-        if pixels > MOST_PIXELS:
-            raise Image.DecompressionBombError
-        with Image.open(path) as image:
-            rgba = ImageOps.exif_transpose(image).convert("RGBA")
-    except Image.DecompressionBombError:
-        raise UserError(f"image {path} has too many pixels; make it smaller, 1024 x 1024 is plenty") from None
-    except (OSError, ValueError, SyntaxError, EOFError):
-        raise UserError(
-            f"image {path} is not a picture that can be read; give a whole PNG, JPEG or WebP file"
-        ) from None
-    white = Image.new("RGBA", rgba.size, "white")
-    white.alpha_composite(rgba)
-    return white.convert("RGB")
 
 
 def slug(text: str) -> str:

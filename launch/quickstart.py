@@ -1,4 +1,4 @@
-"""The main job: data → CLIPs → autoencoder → latents → denoiser → R-precision → report, in two chains.
+"""The main job: data → CLIP and autoencoder → latents → denoiser → R-precision → report, in two chains.
 
 Every step is a command of its own that goes on where it was, so a stopped quickstart is simply started again.
 """
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..errors import UserError, run_command
-from ..eval.report import ReportInput, read_figures, write_report
+from ..eval.report.quickstart import ReportInput, read_figures, write_report
 from ..files import read_json, write_json
 
 CAPTIONS = (
@@ -150,38 +150,39 @@ def quickstart(
 
 def run_steps(board: Board, out: Path, preset: str) -> None:
     """The graph of the steps: what does not depend on each other runs side by side, one thread each."""
-    raw, judge_raw, latents = str(out / "raw"), str(out / "judge_raw"), str(out / "latents")
-    clip, judge = str(out / "clip" / "clip"), str(out / "judge" / "clip")
+    raw, latents, clip = str(out / "raw"), str(out / "latents"), str(out / "clip" / "clip")
     autoencoder, pipeline = str(out / "autoencoder" / "autoencoder"), str(out / "denoiser" / "pipeline")
 
-    def train(stage: str, name: str, data: str) -> Step:
-        chosen = preset if name == stage else f"{preset}:{name}"
-        return Step(name, ["train", stage, "--preset", chosen, "--data", data, "--out", str(out / name)])
+    def train(stage: str, data: str) -> Step:
+        return Step(stage, ["train", stage, "--preset", preset, "--data", data, "--out", str(out / stage)])
 
     models = [f"autoencoder={autoencoder}", f"clip={clip}"]
     texts = [word for caption in CAPTIONS for word in ("--text", caption)]
     reconstruct = ["eval", "reconstruction", autoencoder, "--data", raw, "--out", str(out / "reconstruction")]
-    score = ["eval", "r-precision", pipeline, "--data", raw, "--judge", judge, "--out", str(out / "r_precision")]
+    score = ["eval", "r-precision", "--pipeline", pipeline, "--prompts", raw, "--evaluator", "judge"]
+    score += ["--protocol", "reference-v1", "--resolution", "48"]  # finer meshes are not seen in 64 pixels
+    from_pictures = [*score, "--condition", "image", "--limit", "100", "--out", str(out / "from_pictures")]
 
     board.run(Step("data", ["data", "procedural", "--preset", preset, "--out", raw]))
-    board.run(Step("judge-data", ["data", "procedural", "--preset", f"{preset}:judge_data", "--out", judge_raw]))
     board.chains(
         [
-            train("autoencoder", "autoencoder", raw),
-            Step("reconstruction", reconstruct),
+            train("autoencoder", raw),
             Step("encode", ["encode", "--preset", preset, "--data", raw, "--out", latents, *models], needs=("clip",)),
-            replace(train("denoiser", "denoiser", latents), threads=2),
+            replace(train("denoiser", latents), threads=2),
         ],
-        [train("clip", "clip", raw), train("clip", "judge", judge_raw)],
+        [train("clip", raw), replace(Step("reconstruction", reconstruct), needs=("autoencoder",))],
     )
     board.chains(
-        [Step("r-precision", score, threads=2)],
-        [Step("samples", ["sample", pipeline, *texts, "--seeds", "0-1", "--out", str(out / "samples")])],
+        [Step("r-precision", [*score, "--out", str(out / "r_precision")])],
+        [
+            Step("samples", ["sample", pipeline, *texts, "--seeds", "0-1", "--out", str(out / "samples")]),
+            Step("from-pictures", from_pictures),
+        ],
     )
 
 
 def write_summary(out: Path, board: Board, preset: str) -> ReportInput:
-    stages = ("autoencoder", "clip", "judge", "denoiser")
+    stages = ("autoencoder", "clip", "denoiser")
     report = ReportInput(
         r_precision=out / "r_precision",
         reconstruction=out / "reconstruction",

@@ -13,7 +13,8 @@ from shapeloom.data_pipes.encoder_inputs import farthest_first, pick_rays, view_
 from shapeloom.data_pipes.loader import RawDataset
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
 from shapeloom.errors import UserError
-from shapeloom.eval.stored import encode_stored, surface_rows
+from shapeloom.eval.encode import encode_stored
+from shapeloom.eval.stored import surface_rows
 from shapeloom.models.autoencoder import Autoencoder
 from shapeloom.models.cameras import Cameras
 from shapeloom.models.encoder import ViewInputs

@@ -1,299 +1,329 @@
-"""R-precision end to end with fakes of known score: a perfect pipeline, a shuffled one, one that makes nothing."""
+"""R-precision from folder to results.json: known scores, controls, failures, resume, ranks, a pipeline's objects."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
-from types import SimpleNamespace
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+import trimesh
+from PIL import Image
 
-from shapeloom.data_pipes import grammar
-from shapeloom.data_pipes.procedural import ProceduralSettings, generate
-from shapeloom.data_pipes.render import render
-from shapeloom.data_pipes.shards import ShardFolder
 from shapeloom.errors import UserError
-from shapeloom.eval import objects, r_precision, stored
-from shapeloom.eval.prompts import choose, groups, pools, prompt_of
-from shapeloom.eval.renders import FRONTAL, render_meshes
-from shapeloom.eval.report import ReportInput, read_figures, write_report
-from shapeloom.eval.scoring import find
-from shapeloom.eval.stored import exact_mesh
-from shapeloom.models.cameras import Cameras
+from shapeloom.eval.benchmark import make, r_precision
+from shapeloom.eval.benchmark.r_precision import run
+from shapeloom.eval.benchmark.schema import read_results
 
-WIDTH = 64
-
-
-def vector(meaning: str) -> np.ndarray:
-    """A fixed random unit vector for each meaning."""
-    seed = int.from_bytes(hashlib.sha256(meaning.encode()).digest()[:8], "big")
-    x = np.random.default_rng(seed).normal(size=WIDTH)
-    return (x / np.linalg.norm(x)).astype(np.float32)
+COLOURS = {
+    "red": (230, 20, 20), "green": (20, 200, 20), "blue": (30, 40, 230), "yellow": (240, 230, 20),
+    "orange": (250, 130, 10), "purple": (150, 20, 200), "cyan": (20, 220, 220), "gray": (128, 128, 128),
+}  # fmt: skip
+SETTINGS = {"evaluators": ["tiny-colours"], "protocol": "reference-v1"}
 
 
-def meaning(caption: str) -> str:
-    return grammar.canonical_caption(grammar.parse(caption))
-
-
-class FakeJudge(torch.nn.Module):
-    """Knows every picture it was shown by its bytes; all it was not shown look alike."""
-
-    image_size = 32
-    weights_hash = "judge"
-    config = SimpleNamespace(name="fake")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known: dict[bytes, str] = {}
-
-    def learn(self, pictures, what: str) -> None:
-        self.known |= {picture.tobytes(): what for picture in pictures}
-
-    def encode_text(self, texts):
-        return SimpleNamespace(pooled=torch.from_numpy(np.stack([vector(meaning(text)) for text in texts])))
-
-    def encode_image(self, images):
-        rows = [vector(self.known.get(np.asarray(image).tobytes(), "unknown")) for image in images]
-        return SimpleNamespace(pooled=torch.from_numpy(np.stack(rows)))
-
-
-class FakeAutoencoder(torch.nn.Module):
-    """A latent is the number of a mesh; what it encodes comes out again."""
-
-    def __init__(self, meshes, surfaces) -> None:
-        super().__init__()
-        self.device, self.meshes, self.surfaces = torch.device("cpu"), meshes, surfaces
-        self.config, self.encoder = SimpleNamespace(n_centres=0, patch_size=0), torch.nn.Identity()
-
-    def encode(self, surface_BN9, views):
-        assert views is None
-        keys = [row[0, :3].numpy().round(4).tobytes() for row in surface_BN9]
-        return torch.tensor([[[float(self.surfaces[key])]] for key in keys])
-
-    def decode(self, z_BLC):
-        return [self.meshes[int(z)] if z >= 0 else None for z in z_BLC[:, 0, 0]]
-
-
-class FakePipeline:
-    """Makes the object that `plan` names for a caption's meaning (None: nothing at all), whatever the seed."""
-
-    def __init__(self, autoencoder, plan, pictures=None) -> None:
-        self.autoencoder, self.plan, self.pictures, self.calls = autoencoder, plan, pictures or {}, 0
-        self.denoiser = torch.nn.Linear(1, 1)
-        torch.nn.init.zeros_(self.denoiser.weight), torch.nn.init.zeros_(self.denoiser.bias)
-        self.conditioner = SimpleNamespace(weights_hash="conditioner")
-
-    def generate_latents(self, text, image, seeds, *, images, **settings):
-        self.calls += len(seeds)
-        wanted = [meaning(t) for t in text] if text else [self.pictures[np.asarray(i).tobytes()] for (i,) in images]
-        places = [self.plan.get(what) for what in wanted]
-        return torch.tensor([[[-1.0 if place is None else float(place)]] for place in places])
+def box(path, colour, extents=(1, 1, 1)):
+    shape = trimesh.creation.box(extents)
+    shape.visual.face_colors = [*COLOURS[colour], 255]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape.export(path)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A small procedural set, its prompts, and fakes that know it."""
-    folder = tmp_path_factory.mktemp("eval") / "raw"
-    settings = ProceduralSettings(
-        count=200, n_surface=64, n_near=32, n_uniform=32, n_views=4, image_size=32, shard_size=64
+    """A true object for each colour, prompts that name them, and a perfect system of two seeds."""
+    folder = tmp_path_factory.mktemp("world")
+    lines = []
+    for colour in COLOURS:
+        box(folder / "true" / f"{colour}.glb", colour)
+        for seed in range(2):
+            box(folder / "perfect" / colour / f"{seed}.glb", colour, (1, 0.8 + 0.1 * seed, 1))
+        group = ["warm" if colour in ("red", "yellow", "orange") else "cold"]
+        reference = f"true/{colour}.glb"
+        lines.append({"id": colour, "text": f"a {colour} box", "group": group, "reference": reference})
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def score(world, out, generated="perfect", **more):
+    return run(world / "prompts.jsonl", out, generated=world / generated, **{**SETTINGS, **more})
+
+
+def rows(out):
+    return list(csv.DictReader((out / "per_prompt.csv").read_text().splitlines()))
+
+
+def r_at_1(results, row="generated", gallery="prompts", group="all"):
+    return results.score(row, gallery, group)["r@1"].mean
+
+
+@pytest.fixture(scope="module")
+def perfect(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("perfect")
+    return out, score(world, out)
+
+
+def test_a_perfect_system_and_its_controls(world, perfect):
+    out, results = perfect
+    assert r_at_1(results) == r_at_1(results, "true renders") == 1.0
+    assert results.score("generated", "prompts")["margin"].mean > 0.1
+    assert r_at_1(results, "shuffled prompts") == 0.0
+    assert r_at_1(results, "chance") == 1 / 8
+    assert r_at_1(results, "blank object") == r_at_1(results, "grey sphere") == 1 / 8  # one caption is nearest for all
+    assert r_at_1(results, group="warm") == 1.0 and results.score("generated", "prompts", "warm")["r@1"].prompts == 3
+    headline = results.headline
+    assert (headline.r_at_1.mean, headline.r_at_1.hi, headline.gallery) == (1.0, 1.0, "prompts")
+    assert headline.r_at_1.lo == pytest.approx(0.676, abs=1e-3)  # Wilson at 8 of 8
+    assert results.protocol["hash"] and results.galleries[0].hash and results.evaluators[0].hash
+    assert results.evaluators[0].independence == "unknown" and not results.failures and not results.partial
+    assert results.ranks[0].counts[0] == 16 and sum(results.ranks[0].counts) == 16
+    assert results.azimuth[0].r_at_1 == [1.0] * 4
+
+
+def test_what_is_written_can_be_read_back(world, perfect):
+    out, results = perfect
+    assert read_results(out) == results
+    lines = rows(out)
+    assert len(lines) == 16 and {line["rank"] for line in lines} == {"1"}
+    assert lines[0]["nearest"] == lines[0]["text"] == "a red box" and lines[0]["groups"] == "warm"
+    thumbnails = np.load(out / "thumbnails.npz")
+    assert set(thumbnails) == {f"generated/{c}/{s}" for c in COLOURS for s in range(2)} | {
+        f"true renders/{c}/0" for c in COLOURS
+    }
+    assert thumbnails["generated/red/0"].tobytes().startswith(b"RIFF")
+    assert (out / "report.html").stat().st_size > 10_000
+    assert Image.open(out / "contact_sheet.png").width > 200
+
+
+def test_failures_are_misses_with_a_list_of_their_own(world, tmp_path):
+    folder = tmp_path / "broken"
+    for colour in COLOURS:
+        for seed in range(2):
+            box(folder / colour / f"{seed}.glb", colour)
+    (folder / "red/0.glb").unlink()
+    (folder / "green/1.glb").write_bytes((folder / "green/1.glb").read_bytes()[:200])
+    (folder / "blue/0.glb").unlink()
+    (folder / "blue/0.obj").write_text("v 0 0 nan\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
+    results = score(world, tmp_path / "out", folder)
+    found = {(miss.id, miss.seed): miss.kind for miss in results.failures}
+    assert found == {("red", 0): "missing", ("green", 1): "unreadable", ("blue", 0): "not finite"}
+    assert r_at_1(results) == 13 / 16
+    assert results.ranks[0].counts[-1] == 3
+    lines = {(line["id"], line["seed"]): line for line in rows(tmp_path / "out")}
+    assert lines["red", "0"]["failure"] == "missing" and lines["red", "0"]["r@1"] == "0"
+    assert lines["red", "0"]["cosine"] == lines["red", "0"]["rank"] == ""
+    assert results.inputs["duplicates"]  # seeds with the same bytes
+
+
+def test_fewer_prompts_are_partial_and_the_gallery_stays_whole(world, tmp_path):
+    results = score(world, tmp_path, limit=4)
+    assert results.partial and results.prompts["count"] == 4 and results.galleries[0].size == 8
+    assert results.score("generated", "prompts", "warm")["r@1"].prompts == 2  # in turn from both groups
+
+
+def test_a_second_run_renders_and_embeds_nothing(world, perfect, tmp_path, monkeypatch):
+    out, results = perfect
+    monkeypatch.setattr("shapeloom.eval.benchmark.renders.isolated_map", lambda *a, **k: pytest.fail("rendered again"))
+    monkeypatch.setattr(r_precision, "open_evaluator", lambda *a, **k: pytest.fail("opened again"))
+    again = score(world, tmp_path, cache_folder=out / "cache")
+    assert same(again) == same(results)
+
+
+def same(results):
+    return {name: value for name, value in results.to_json().items() if name not in ("date", "timings_s")}
+
+
+def command(world, out, *more):
+    words = ["eval", "r-precision", "--generated", world / "perfect", "--prompts", world / "prompts.jsonl"]
+    words += ["--evaluator", "tiny-colours", "--protocol", "reference-v1", "--out", out, "--workers", "1", *more]
+    return list(map(str, words))
+
+
+def test_two_ranks_give_what_one_gives(world, perfect, tmp_path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*words, "-m", "shapeloom", *command(world, tmp_path)], capture_output=True, text=True, timeout=240
     )
-    generate(folder, settings)
-    shards = ShardFolder(folder)
-    tests = [i for i in range(len(shards)) if shards.splits(i).startswith("test")]
-    prompts = [prompt_of(shards.uids[i], i, shards.splits(i), shards.read_json(i)) for i in tests]
-    meshes = [exact_mesh(shards, p.uid, p.meta) for p in prompts]
-    judge, surfaces, pictures = FakeJudge(), {}, {}
-    for place, (prompt, views) in enumerate(zip(prompts, render_meshes(meshes, size=32))):
-        judge.learn(views, prompt.meaning)
-        view = stored.frontal_pictures(shards, prompt.index, first_only=True)[0]
-        judge.learn([view], prompt.meaning)
-        pictures[view.tobytes()] = prompt.meaning
-        surfaces[stored.surface_rows(shards, prompt.index)[0, :3].round(4).tobytes()] = place
-    return SimpleNamespace(
-        folder=folder, shards=shards, prompts=prompts, judge=judge,
-        autoencoder=FakeAutoencoder(meshes, surfaces), pictures=pictures,
-        plan={prompt.meaning: place for place, prompt in enumerate(prompts)},
-    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert same(read_results(tmp_path)) == same(perfect[1])
 
 
-@pytest.fixture(autouse=True)
-def meshes_pass_through(monkeypatch):
-    """The fake decoder already gives meshes."""
-    monkeypatch.setattr(objects, "extract_mesh", lambda meshes, resolution: meshes)
+def test_shards_started_by_hand_fill_the_cache_for_a_last_run(world, perfect, tmp_path, monkeypatch):
+    for shard in ("0/2", "1/2"):
+        assert score(world, tmp_path, shard=shard) is None
+    assert not (tmp_path / "results.json").exists()
+    monkeypatch.setattr("shapeloom.eval.benchmark.renders.isolated_map", lambda *a, **k: pytest.fail("rendered again"))
+    assert same(score(world, tmp_path)) == same(perfect[1])
 
 
-def score(world, plan, out, **more):
-    pipe = FakePipeline(world.autoencoder, plan, world.pictures)
-    record = r_precision.run(pipe, world.folder, world.judge, out, **{"image_prompts": 10, **more})
-    return record, pipe
+def test_a_killed_run_goes_on_where_it_was(world, perfect, tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "shapeloom", *command(world, tmp_path)], start_new_session=True)
+    records = tmp_path / "cache" / "renders"
+    deadline = time.monotonic() + 120
+    while len(list(records.glob("*/*.json"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "results.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in records.glob("*/*.json")}
+    assert 5 <= len(kept) < 26
+    assert same(score(world, tmp_path)) == same(perfect[1])
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def r_at_1(record, row, pool="hard", group="all"):
-    return find(record["rows"], row, pool, group, "r@1")["mean"]
+def test_an_evaluator_that_conditioned_the_system_makes_no_headline(world, tmp_path):
+    results = score(world, tmp_path, conditioned_by="tiny-colours")
+    assert results.evaluators[0].independence == "same weights"
+    assert results.headline.r_at_1 is None and "would grade its own pupil" in results.headline.reason
+    assert r_at_1(results) == 1.0  # told, not quoted
 
 
-def test_the_exact_mesh_gives_the_stored_pictures_again(world):
-    prompt = world.prompts[3]
-    cameras = Cameras.from_json(json.loads(world.shards.read(prompt.index, ["cameras.json"])["cameras.json"]))
-    from shapeloom.data_pipes.raw_sample import decode_webp
-
-    kept = decode_webp(world.shards.read(prompt.index, ["lit_00.webp"])["lit_00.webp"], "view")
-    again = render(exact_mesh(world.shards, prompt.uid, prompt.meta), cameras).lit[0]
-    assert np.abs(kept.astype(int) - again).max() <= 1
-
-
-def test_a_perfect_pipeline_scores_what_the_truth_scores(world, tmp_path):
-    record, _ = score(world, world.plan, tmp_path)
-    for row in ("generated", "true renders", "reconstructions"):
-        for pool in ("random", "hard"):
-            assert r_at_1(record, row, pool) == 1.0
-        assert find(record["two_way"], row, "order", "all", "accuracy")["mean"] == 1.0
-        assert find(record["two_way"], row, "binding", "pairs", "accuracy")["mean"] == 1.0
-    assert r_at_1(record, "shuffled prompts") < 0.1
-    assert r_at_1(record, "chance") == pytest.approx(1 / record["counts"]["pools"]["hard"])
-    assert record["counts"]["pools"]["hard"] > record["counts"]["pools"]["random"]
-    assert [row["r@1"]["mean"] for row in record["image"] if row["row"] != "shuffled prompts"][:2] == [1.0, 1.0]
-    assert record["hashes"]["judge"] == "judge" and record["hashes"]["protocol"] == FRONTAL.hash
-    assert record == json.loads((tmp_path / "results.json").read_text())
-    lines = list(csv.DictReader((tmp_path / "per_prompt.csv").read_text().splitlines()))
-    assert len(lines) == len(world.prompts) and {line["rank_hard"] for line in lines} == {"1"}
-    assert (tmp_path / "contact_sheet.png").stat().st_size < 500_000
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"evaluators": []}, "give at least one --evaluator"),
+        ({"evaluators": ["tiny-colours"] * 2}, "each once"),
+        ({"seeds": []}, "at least one seed"),
+        ({"seeds": [1, 1]}, "each once"),
+        ({"pipeline": "x"}, "give either --generated"),
+        ({"generated": None}, "give either --generated"),
+        ({"protocol": "none"}, "there is no protocol 'none'"),
+        ({"evaluators": ["/nowhere/at-all"]}, "/nowhere/at-all"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(world, tmp_path, more, says):
+    with pytest.raises(UserError) as caught:
+        run(world / "prompts.jsonl", tmp_path, **{"generated": world / "perfect", **SETTINGS, **more})
+    assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_shuffled_pipeline_scores_chance(world, tmp_path):
-    places = list(world.plan.values())
-    record, _ = score(world, dict(zip(world.plan, places[1:] + places[:1])), tmp_path, image_prompts=0)
-    assert r_at_1(record, "generated") == 0.0 and r_at_1(record, "true renders") == 1.0
-    assert record["image"] == []
+def test_the_command_line_says_what_is_wrong_without_a_traceback(world, tmp_path, cli):
+    (tmp_path / "bad.jsonl").write_text('{"id": "a", "prompt": "x"}\n')
+    done = cli("eval", "r-precision", "--generated", world / "perfect", "--prompts", tmp_path / "bad.jsonl",
+               "--evaluator", "tiny-colours", "--out", tmp_path / "out")  # fmt: skip
+    assert done.returncode == 1 and "unknown key 'prompt'" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
-def test_objects_without_a_surface_are_misses_and_are_counted(world, tmp_path):
-    missing = [prompt.meaning for prompt in world.prompts if prompt.parts == 2]
-    record, _ = score(world, {**world.plan, **dict.fromkeys(missing)}, tmp_path, image_prompts=0)
-    assert r_at_1(record, "generated", group="pairs") == 0.0
-    assert r_at_1(record, "generated", group="single objects") == 1.0
-    assert find(record["two_way"], "generated", "any", "all", "accuracy")["mean"] == 0.0
-    assert record["counts"]["empty"] == sum(prompt.parts == 2 for prompt in world.prompts)
+def test_validate_finds_what_is_missing_broken_doubled_and_too_long(world, tmp_path, cli):
+    folder = tmp_path / "objects"
+    for colour in ("red", "green", "blue"):
+        box(folder / f"{colour}.glb", "red")
+    box(folder / "maroon.glb", "red")
+    (folder / "yellow.glb").write_bytes(b"glTF")
+    prompts = (world / "prompts.jsonl").read_text().replace(f'"{world}', '"').replace("true/", f"{world}/true/")
+    prompts += json.dumps({"id": "long", "text": "a very " * 80 + "long caption"}) + "\n"
+    (tmp_path / "p.jsonl").write_text(prompts)
+    done = cli("eval", "validate", "--generated", folder, "--prompts", tmp_path / "p.jsonl")
+    assert done.returncode == 1, done.stderr
+    for part in (
+        "9 prompts", "5 missing", "1 empty or broken", "yellow/0: it ends", "red/0, green/0, blue/0",
+        "1 objects without a prompt", "maroon", "1 captions longer than the 77 tokens", "long (164 tokens)",
+    ):  # fmt: skip
+        assert part in done.stdout, (part, done.stdout)
+    (tmp_path / "train.txt").write_text("A red box.\nblue, a box\na sofa\n")
+    done = cli("eval", "validate", "--prompts", world / "prompts.jsonl", "--trained-on", tmp_path / "train.txt")
+    assert done.returncode == 0, done.stderr
+    assert "3 captions in" in done.stdout and "1 prompts are among them" in done.stdout, done.stdout
+    assert "1 prompts whose words were trained on in some order" in done.stdout and "blue: a blue box" in done.stdout
+    fine = cli("eval", "validate", "--generated", world / "perfect", "--prompts", world / "prompts.jsonl")
+    assert fine.returncode == 0 and "16 of 16 objects" in fine.stdout and "all is well" in fine.stdout
 
 
-def test_a_restart_generates_nothing_again_and_gives_the_same(world, tmp_path):
-    first, pipe = score(world, world.plan, tmp_path)
-    assert pipe.calls == len(world.prompts) + 10
-    again, pipe = score(world, world.plan, tmp_path)
-    assert pipe.calls == 0
-    assert {**again, "timings_s": 0} == {**first, "timings_s": 0}
-    _, pipe = score(world, world.plan, tmp_path, steps=12)  # other settings are another run
-    assert pipe.calls == len(world.prompts) + 10
+# --- a pipeline's objects ---------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_run_goes_on_where_it_was(world, tmp_path):
-    class Stops(FakePipeline):
-        def generate_latents(self, *args, **settings):
-            if self.calls:
-                raise KeyboardInterrupt
-            return super().generate_latents(*args, **settings)
+class FakeAutoencoder:
+    """A latent is a number; decoded, it is a box of that colour (or nothing, at -1)."""
 
-    r_precision_save, r_precision.SAVE_EVERY_S = r_precision.SAVE_EVERY_S, 0.0
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            pipe = Stops(world.autoencoder, world.plan)
-            r_precision.run(pipe, world.folder, world.judge, tmp_path, image_prompts=0, seeds=(0, 1, 2, 3))
-    finally:
-        r_precision.SAVE_EVERY_S = r_precision_save
-    record, second = score(world, world.plan, tmp_path, image_prompts=0, seeds=(0, 1, 2, 3))
-    assert pipe.calls > 0 and pipe.calls + second.calls == 4 * len(world.prompts)
-    assert r_at_1(record, "generated") == 1.0
+    device = torch.device("cpu")
+    encoder = None
 
 
-def test_damaged_leftovers_are_made_again(world, tmp_path):
-    score(world, world.plan, tmp_path, image_prompts=0)
-    for path in [tmp_path / "latents.npz", *(tmp_path / "cache").iterdir()]:
-        path.write_bytes(path.read_bytes()[:100])
-    record, _ = score(world, world.plan, tmp_path, image_prompts=0)
-    assert r_at_1(record, "generated") == 1.0
+class FakePipeline:
+    """Makes boxes of the colour that a caption names, wrong or nothing where `wrong` says so."""
+
+    def __init__(self, wrong=()):
+        self.autoencoder, self.wrong, self.calls = FakeAutoencoder(), dict(wrong), 0
+        self.autoencoder.decode = lambda z_BLC: z_BLC
+
+    def generate_latents(self, text, image, seeds, *, images, **settings):
+        self.calls += len(seeds)
+        names = [caption.split()[1] for caption in text]
+        places = [self.wrong.get(name, list(COLOURS).index(name)) for name in names]
+        return torch.tensor(places, dtype=torch.float32)[:, None, None]
 
 
-def test_the_judge_must_not_be_the_conditioner(world, tmp_path):
-    pipe = FakePipeline(world.autoencoder, world.plan)
-    pipe.conditioner = world.judge
-    with pytest.raises(UserError, match="same weights"):
-        r_precision.run(pipe, world.folder, world.judge, tmp_path)
+def boxes(z_BLC, resolution):
+    from shapeloom.models.mesh import ExtractedMesh
+
+    shape = trimesh.creation.box()
+    corners, faces = np.asarray(shape.vertices, np.float32), np.asarray(shape.faces, np.int32)
+    made = []
+    for place in z_BLC[:, 0, 0].tolist():
+        rgb = np.tile(np.array(COLOURS[list(COLOURS)[int(place)]], np.float32) / 255, (8, 1))
+        made.append(ExtractedMesh(corners[:0], faces[:0], rgb[:0]) if place < 0 else ExtractedMesh(corners, faces, rgb))
+    return made
 
 
-def test_bad_settings_are_refused(world, tmp_path):
-    pipe = FakePipeline(world.autoencoder, world.plan)
-    for settings in ({"seeds": ()}, {"seeds": (1, 1)}, {"prompts": 0}):
-        with pytest.raises(UserError):
-            r_precision.run(pipe, world.folder, world.judge, tmp_path, **settings)
-    generate(
-        tmp_path / "raw", ProceduralSettings(count=6, holdout=False, n_views=0, n_surface=0, n_near=0, n_uniform=0)
-    )
-    with pytest.raises(UserError, match="test split"):
-        r_precision.run(pipe, tmp_path / "raw", world.judge, tmp_path / "out")
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """A pipeline folder whose loading gives a fake."""
+    folder = tmp_path / "pipeline"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    monkeypatch.setattr(make, "extract_mesh", boxes)
+    monkeypatch.setattr(r_precision, "describe_conditioner", lambda *a, **k: None)
+
+    def use(pipe):
+        monkeypatch.setattr(make, "open_pipeline", lambda pipeline, device: pipe)
+        return folder
+
+    return use
 
 
-def test_fewer_prompts_are_taken_from_all_splits_and_the_pools_stay_whole(world, tmp_path):
-    some = choose(world.prompts, 6)
-    assert {prompt.split for prompt in some} == {"test_seen", "test_combo", "test_attr"} and len(some) == 6
-    assert choose(world.prompts, None) == world.prompts
-    record, _ = score(world, world.plan, tmp_path, prompts=6, image_prompts=0)
-    assert record["counts"]["prompts"] == 6
-    assert record["counts"]["pools"]["random"] == len({prompt.meaning for prompt in world.prompts})
+def test_a_pipelines_objects_go_the_same_way_as_any_others(world, tmp_path, fake):
+    pipe = FakePipeline({"red": 1, "blue": -1})
+    folder, out = fake(pipe), tmp_path / "out"
+    results = run(world / "prompts.jsonl", out, pipeline=folder, seeds=[0, 5], **SETTINGS)
+    assert r_at_1(results) == 6 / 8 and results.inputs["seeds"] == [0, 5] and pipe.calls == 16
+    assert [(miss.id, miss.kind) for miss in results.failures] == [("blue", "empty")] * 2
+    assert results.inputs["kind"] == "pipeline" and results.inputs["sampling"]["steps"] == 24
+    assert len(list(out.glob("generated/*/*/*.glb"))) == 16
+    again = run(world / "prompts.jsonl", out, pipeline=folder, seeds=[0, 5], **SETTINGS)
+    assert same(again) == same(results) and pipe.calls == 16  # nothing was made again
+    folder_scored = run(world / "prompts.jsonl", tmp_path / "by-folder",
+                        generated=next(out.glob("generated/*")), **SETTINGS)  # fmt: skip
+    assert r_at_1(folder_scored) == r_at_1(results)
 
 
-def test_equal_meanings_stand_in_a_pool_once():
-    spec = grammar.parse("a red cube left of a blue ball")
-    meta = {"captions": ["a blue sphere right of a red block"], "spec": spec.to_json(), "swaps": grammar.swaps(spec)}
-    same = {**meta, "captions": ["a red cube left of a blue ball"]}
-    prompts = [prompt_of("a", 0, "test", meta), prompt_of("b", 1, "test", same)]
-    random, hard = pools(prompts)
-    assert len(random.captions) == 1 and random.hits(prompts).tolist() == [[True], [True]]
-    assert len(set(hard.meanings)) == len(hard.meanings) == 4  # truth, parts (= relation), colours, shapes exchanged
-    assert groups(prompts)["pairs"].all()
+def test_other_settings_make_other_objects(world, tmp_path, fake):
+    pipe = FakePipeline()
+    folder = fake(pipe)
+    for steps in (24, 12):
+        run(world / "prompts.jsonl", tmp_path / "out", pipeline=folder, sampling=make.Sampling(steps=steps), **SETTINGS)
+    assert pipe.calls == 16
 
 
-def test_captions_without_a_grammar_mean_themselves():
-    prompt = prompt_of("a", 0, "test", {"captions": ["a worn leather boot"]})
-    assert prompt.meaning == "a worn leather boot" and prompt.parts is None and prompt.swaps == ()
-    assert [pool.name for pool in pools([prompt])] == ["random"]
-    with pytest.raises(UserError, match="no caption"):
-        prompt_of("a", 0, "test", {"captions": []})
+def test_making_from_pictures_needs_pictures(world, tmp_path, fake):
+    folder = fake(FakePipeline())
+    sampling = make.Sampling(condition="image")
+    with pytest.raises(UserError, match="needs a picture for every prompt; 'red' has none"):
+        run(world / "prompts.jsonl", tmp_path / "out", pipeline=folder, sampling=sampling, **SETTINGS)
+    with pytest.raises(UserError, match="is not a pipeline folder"):
+        run(world / "prompts.jsonl", tmp_path / "out", pipeline=tmp_path, **SETTINGS)
 
 
-def test_the_report_is_one_file_and_reads_the_figures(world, tmp_path):
-    score(world, world.plan, tmp_path / "r")
-    log = tmp_path / "log.jsonl"
-    lines = [{"step": i, "time": i / 2, "loss": 1 / i} for i in range(1, 99)] + [
-        {"step": 99, "time": 50, "eval/iou": 0.5}
-    ]
-    log.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 100, "ti')
-    report = ReportInput(
-        title="a <b> & c", r_precision=tmp_path / "r", reconstruction=tmp_path / "absent", logs={"autoencoder": log},
-        timings={"data": 5.0}, commands=["bash launch/quickstart.sh"], meshes=[tmp_path / "a b.glb"],
-    )  # fmt: skip
-    html = write_report(report, tmp_path / "report.html").read_text()
-    assert "a &lt;b&gt; &amp; c" in html and 'href="a%20b.glb"' in html and "autoencoder: loss" in html
-    for outside in ("http://", "https://", "<script", "<link", 'src="/'):
-        assert outside not in html.replace("http://www.w3.org/", "")
-    figures = read_figures(report)
-    assert figures["r@1/hard/generated/all"][1] == 1.0 and figures["empty_share"][1] == 0.0
-    assert figures["iou"][1] is None and "not measured" in html
-    bare = write_report(ReportInput(title="nothing yet"), tmp_path / "bare.html").read_text()
-    assert "nothing yet" in bare
-
-
-def test_data_without_a_specification_falls_back_to_stored_views(world, tmp_path, monkeypatch):
-    def plain(uid, index, split, meta):
-        return prompt_of(uid, index, "test", {"captions": meta["captions"][:1]})
-
-    for prompt in world.prompts:  # the judge must know the stored views, too
-        world.judge.learn(stored.frontal_pictures(world.shards, prompt.index), prompt.meaning)
-    monkeypatch.setattr(r_precision, "prompt_of", plain)
-    record, _ = score(world, world.plan, tmp_path)
-    assert list(record["counts"]["pools"]) == ["random"] and record["two_way"] == []
-    assert r_at_1(record, "true renders", "random") == r_at_1(record, "generated", "random") == 1.0
-    assert "stored frontal views" in record["notes"][0]
-    assert {row["group"] for row in record["rows"]} == {"all"}
+def test_every_field_of_the_results_is_documented(repo_root, perfect):
+    text = (repo_root / "docs" / "evaluation.md").read_text()
+    record = perfect[1].to_json()
+    names = set(record) | {key for name in ("headline", "prompts", "inputs") for key in record[name]}
+    names |= {key for name in ("galleries", "evaluators", "scores", "ranks", "variance") for key in record[name][0]}
+    missing = [name for name in sorted(names - {"up", "extra_count"}) if f"`{name}`" not in text]
+    assert not missing

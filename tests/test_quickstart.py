@@ -11,12 +11,9 @@ import trimesh
 
 PRESET = """
 data: {level: core, count: 40, n_surface: 128, n_near: 128, n_uniform: 128, n_views: 2, image_size: 32}
-judge_data: {level: core, count: 40, seed: 1, holdout: false, n_surface: 0, n_near: 0, n_uniform: 0, n_views: 2,
-  image_size: 32}
-clip: &clip
+clip:
   {steps: 3, batch_size: 8, save_every: 1, model: {text_width: 32, text_heads: 2, text_layers: 1,
     vision_cfg: {image_size: 32, layers: [1, 1, 1, 1], width: 8, head_width: 16}}}
-judge: {<<: *clip, seed: 1}
 autoencoder:
   {steps: 3, batch_size: 4, save_every: 1, n_surface: 64, n_field: 64, sheet_samples: 2,
     model: {n_latents: 16, channels: 8, width: 32, heads: 2, hidden: 16}}

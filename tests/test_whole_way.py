@@ -10,6 +10,7 @@ import webdataset
 from PIL import Image
 
 from shapeloom.data_pipes.latents import LatentDataset
+from shapeloom.eval.benchmark.schema import read_results
 from shapeloom.models.hashing import weights_hash
 
 DATA = ["n_surface=128", "n_near=128", "n_uniform=128", "n_views=2", "image_size=32"]
@@ -130,22 +131,19 @@ def test_the_command_and_diffusers_sample_the_same(way, cli, tmp_path):
     assert torch.isfinite(next(denoiser.parameters())).all()
 
 
-def test_r_precision_runs_and_refuses_the_conditioner_as_judge(way, cli, tmp_path):
-    words = [
-        "eval",
-        "r-precision",
-        way / "denoiser" / "pipeline",
-        "--data",
-        way / "raw",
-        "--steps",
-        "2",
-        "--workers",
-        "1",
-    ]
-    done = cli(*words, "--judge", way / "judge" / "clip", "--out", tmp_path / "r", "--image-prompts", "2")
+def test_r_precision_by_a_judge_makes_the_headline_and_by_the_conditioner_none(way, cli, tmp_path):
+    words = ["eval", "r-precision", "--pipeline", way / "denoiser" / "pipeline", "--prompts", way / "raw"]
+    words += ["--protocol", "reference-v1", "--steps", "2", "--limit", "3", "--workers", "1"]
+    words += ["--evaluator", way / "clip" / "clip"]
+    done = cli(*words, "--evaluator", way / "judge" / "clip", "--condition", "both", "--out", tmp_path / "r")
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((tmp_path / "r" / "results.json").read_text())
-    assert results["hashes"]["judge"] != results["hashes"]["conditioner"]
-    assert {row["row"] for row in results["rows"]} >= {"generated", "chance"}
-    done = cli(*words, "--judge", way / "clip" / "clip", "--out", tmp_path / "r2")
-    assert done.returncode == 1 and "conditioner" in done.stderr
+    results = read_results(tmp_path / "r")
+    conditioner, judge = results.evaluators
+    assert conditioner.independence == "same weights" and judge.independence != "same weights"
+    assert results.headline.evaluator == judge.name
+    rows = {(score.row, score.gallery) for score in results.scores}
+    names = ("generated", "true renders", "reconstructions", "conditioning images", "chance")
+    assert rows >= {(name, gallery) for name in names for gallery in ("prompts", "pictures")}
+    done = cli(*words, "--out", tmp_path / "r2")
+    assert done.returncode == 0 and "no headline" in done.stdout, done.stdout + done.stderr
+    assert read_results(tmp_path / "r2").headline.r_at_1 is None
