@@ -25,7 +25,11 @@ VERBS = [
     "doctor",
     "sample",
     "eval r-precision",
+    "eval validate",
+    "eval ls",
     "eval reconstruction",
+    "eval distribution",
+    "eval compare",
 ]
 
 

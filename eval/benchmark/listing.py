@@ -15,10 +15,9 @@ def show(what: str) -> None:
         for name in protocol_names():
             _show_protocol(name)
     if what in ("all", "evaluators"):
-        print("Evaluators (--evaluator NAME; also any folder, or ARCH=FILE):\n")
+        print("Evaluators (--evaluator NAME; also any folder, or ARCH=FILE); + has its weights on this machine:\n")
         for row in list_evaluators():
-            here = "here" if row.here else "not here"
-            print(f"  {row.name}  {row.architecture}, {row.licence}, weights {here}: {row.where}")
+            print(f"  {'+' if row.here else '-'} {row.name}  {row.architecture}, {row.licence}: {row.where}")
         print()
 
 

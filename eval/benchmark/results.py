@@ -152,11 +152,13 @@ def print_results(results: Results, out: Path) -> None:
     if score is None:
         say(f"no headline: {headline.reason}")
     else:
-        size = next(gallery.size for gallery in results.galleries if gallery.name == headline.gallery)
+        gallery = next(gallery for gallery in results.galleries if gallery.name == headline.gallery)
+        evaluator = next(evaluator for evaluator in results.evaluators if evaluator.name == headline.evaluator)
         say(
-            f"R@1 {100 * score.mean:.1f} % (95 % interval {100 * score.lo:.1f} to {100 * score.hi:.1f}) among {size} "
-            f"captions ({headline.gallery}), judged by {headline.evaluator}, protocol {results.protocol['name']} "
-            f"{results.protocol['hash'][:12]}" + (f"; {headline.reason}" if headline.reason else "")
+            f"R@1 {100 * score.mean:.1f} % (95 % interval {100 * score.lo:.1f} to {100 * score.hi:.1f}) among "
+            f"{gallery.size} captions ({gallery.name} {gallery.hash[:12]}), judged by {evaluator.name} "
+            f"{evaluator.hash[:12]}, protocol {results.protocol['name']} {results.protocol['hash'][:12]}"
+            + (f"; {headline.reason}" if headline.reason else "")
         )
     say(f"written: {out}/report.html, results.json, per_prompt.csv, contact_sheet.png")
 
