@@ -21,6 +21,7 @@ from .mesh import Material, Mesh, merge, srgb_to_linear
 
 __all__ = ["SUFFIXES", "Limits", "Rejected", "read_mesh"]
 
+VERSION = 1  # of what meshes come out: it changes with anything that changes them, so that no cache outlives it
 SUFFIXES = (".glb", ".gltf", ".obj", ".off", ".ply", ".stl")
 
 

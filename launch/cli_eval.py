@@ -56,7 +56,7 @@ def r_precision(
     protocol: Protocol = "default-v1",
     seeds: SomeSeeds = None,
     conditioned_by: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(help="A CLIP that the system was conditioned or guided by: an evaluator like it is no judge."),
     ] = None,
     up: Up = "y",
@@ -102,7 +102,7 @@ def r_precision(
         protocol=protocol,
         evaluators=evaluator or (),
         seeds=None if seeds is None else parse_seeds(seeds),
-        conditioned_by=conditioned_by,
+        conditioned_by=conditioned_by or (),
         up=up,
         limit=limit,
         shard=shard,

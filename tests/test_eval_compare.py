@@ -149,7 +149,12 @@ def test_the_file_holds_what_is_found(pair, tmp_path):
     written = json.loads((tmp_path / "deep" / "c.json").read_text())
     assert written == found.to_json() and written["format"] == "shapeloom-compare/1"
     assert list(written["scored"].values()) == ["r@1", "b32", "colour", "own", "all"]
-    assert written["hashes"] == {"protocol": "1" * 64, "gallery": "2" * 64, "evaluator": "b32" * 9}
+    assert written["hashes"] == {
+        "protocol": "1" * 64,
+        "gallery": "2" * 64,
+        "evaluator": "b32" * 9,
+        "set of prompts": "",
+    }
     assert written["comparisons"][0]["difference"]["discordant"] == 40
 
 
@@ -231,6 +236,31 @@ def test_other_weights_of_an_evaluator_are_refused(tmp_path):
     compare([a, b])  # not the one compared
     with pytest.raises(UserError, match="their evaluator differs"):
         compare([a, b], evaluator="b16")
+
+
+def test_an_evaluator_is_the_same_by_its_hash_whatever_it_was_called(tmp_path):
+    a, b = write_run(tmp_path / "a", binary(60)), write_run(tmp_path / "b", binary(60))
+    for path in (b / "results.json", b / "per_prompt.csv"):
+        path.write_text(path.read_text().replace('"b32"', '"./b32/"').replace("b32,", "./b32/,"))
+    assert compare([a, b], evaluator="b32").comparisons[0].difference.mean == 0
+    with pytest.raises(UserError, match="'b32'"):
+        compare([b, a], evaluator="b32")  # A has none of that name
+
+
+def test_other_prompts_behind_equal_captions_are_refused(tmp_path):
+    a = write_run(tmp_path / "a", binary(60), settings={"prompts": {"source": "p.jsonl", "hash": "1" * 64}})
+    b = write_run(tmp_path / "b", binary(60), settings={"prompts": {"source": "q.jsonl", "hash": "2" * 64}})
+    with pytest.raises(UserError, match="their set of prompts differs"):
+        compare([a, b])
+
+
+def test_a_judge_that_leaked_is_told(tmp_path, capsys):
+    a, b = write_run(tmp_path / "a", binary(60)), write_run(tmp_path / "b", binary(90))
+    path = b / "results.json"
+    path.write_text(path.read_text().replace("independent", "same weights"))
+    found = compare([a, b])
+    assert found.leaks == {str(b): "same weights"}
+    assert f"{b}: the evaluator has its conditioner's weights" in capsys.readouterr().out
 
 
 def test_partial_runs_are_taken_on_demand(tmp_path):

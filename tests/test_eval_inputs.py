@@ -75,6 +75,35 @@ def test_ten_pictures_are_not_sorted_as_words(tmp_path):
     assert both["colour"][:, 0, 0, 0].tolist() == [9 * n for n in range(12)] and set(both) == {"colour", "textureless"}
 
 
+def test_one_object_with_wrong_pictures_is_its_failure(tmp_path):
+    pictures(tmp_path / "chair")
+    pictures(tmp_path / "1", 3)
+    pictures(tmp_path / "10")
+    Image.new("RGB", (64, 64)).save(tmp_path / "10" / "rgb_03.png")
+    pictures(tmp_path / "thumbs", 2)  # not a prompt's
+    found = find(tmp_path)
+    assert isinstance(found.sources_PS[0][0], Renders) and found.extra == ["thumbs"]
+    assert "has 3 pictures" in found.sources_PS[2][0].reason
+    assert "two pictures numbered 3" in found.sources_PS[3][0].reason
+
+
+def test_what_cannot_be_read_is_an_object_that_failed(tmp_path):
+    mesh(tmp_path / "chair.glb")
+    (tmp_path / "1.glb").symlink_to(tmp_path / "gone.glb")
+    (tmp_path / "10.glb").symlink_to(tmp_path / "10.glb")
+    found = find(tmp_path)
+    assert found.missing == 1
+    for row in found.sources_PS[2:]:
+        with pytest.raises(OSError):
+            row[0].key()
+
+
+def test_a_mesh_inside_a_seeds_folder_is_told(tmp_path):
+    mesh(tmp_path / "chair/0.glb")
+    mesh(tmp_path / "1/0/model.glb")
+    assert [path.rpartition("/")[2] for path in find(tmp_path).unplaced] == ["model.glb"]
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [

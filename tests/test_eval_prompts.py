@@ -37,6 +37,14 @@ def test_the_published_prompts_give_the_published_gallery_hash(repo_root):
     assert galleries(found.prompts)[0].hash == COCO_153
 
 
+def test_lines_end_at_line_feeds_alone(written):
+    text = "a chair\u2028with arms\r\na\x0cball\r\na table\x85round\n"
+    found = read_prompts(written(text, name="p.txt"))
+    assert [p.text for p in found.prompts] == ["a chair with arms", "a ball", "a table round"]
+    line = '{"id": "a", "text": "a chair\u2028with arms"}\n'
+    assert read_prompts(written(line)).prompts[0].text == "a chair with arms"
+
+
 def test_json_lines_keep_what_they_say(written):
     found = read_prompts(
         written(
@@ -77,6 +85,11 @@ def test_references_and_pictures_lie_beside_the_file(written, tmp_path):
         ({"id": "a", "text": "x", "group": [1]}, "group must be a text or a list of texts"),
         ({"id": "a", "text": "x", "group": "all"}, "may not be called 'all'"),
         ({"id": "a", "text": "x", "swaps": ["y"]}, "swaps must be a list of"),
+        ({"id": "a", "text": "x \ud83d"}, "half of a character"),
+        (
+            {"id": "a", "text": "x", "reference": "prompts.jsonl", "reference_up": "up"},
+            "reference_up must be 'y' or 'z'",
+        ),
         ('{"id": "a"\n', "is not a JSON object"),
         ("[1]\n", "is not a JSON object"),
     ],

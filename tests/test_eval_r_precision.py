@@ -25,6 +25,7 @@ COLOURS = {
     "red": (230, 20, 20), "green": (20, 200, 20), "blue": (30, 40, 230), "yellow": (240, 230, 20),
     "orange": (250, 130, 10), "purple": (150, 20, 200), "cyan": (20, 220, 220), "gray": (128, 128, 128),
 }  # fmt: skip
+SWAPPED = "a blue ball left of a red cube"
 SETTINGS = {"evaluators": ["tiny-colours"], "protocol": "reference-v1"}
 
 
@@ -178,10 +179,111 @@ def test_a_killed_run_goes_on_where_it_was(world, perfect, tmp_path):
 
 
 def test_an_evaluator_that_conditioned_the_system_makes_no_headline(world, tmp_path):
-    results = score(world, tmp_path, conditioned_by="tiny-colours")
+    results = score(world, tmp_path, conditioned_by=["tiny-colours"])
     assert results.evaluators[0].independence == "same weights"
     assert results.headline.r_at_1 is None and "would grade its own pupil" in results.headline.reason
     assert r_at_1(results) == 1.0  # told, not quoted
+
+
+def test_every_clip_that_had_a_part_counts(world, tmp_path):
+    named = ["ViT-L-14-quickgelu/openai", "tiny-colours", "ViT-B-32/laion2b_s34b_b79k"]  # names need no weights here
+    assert score(world, tmp_path, conditioned_by=named).evaluators[0].independence == "same weights"
+    results = score(world, tmp_path, conditioned_by=named[:1])
+    assert results.evaluators[0].independence == "independent" and results.headline.r_at_1 is not None
+    with pytest.raises(UserError, match="ViT-L-14x/openai"):
+        score(world, tmp_path, conditioned_by=["ViT-L-14x/openai"])
+
+
+def prompts_of(tmp_path, *lines):
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_one_prompt_and_no_object_at_all_are_scored(world, tmp_path):
+    one = prompts_of(
+        tmp_path,
+        {"id": "red", "text": "a red box left of a blue ball"},
+    )
+    results = run(one, tmp_path / "a", generated=world / "perfect", **SETTINGS)
+    assert results.prompts["count"] == 1 and results.variance == []
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "red.glb").write_bytes(b"glTF")
+    results = run(one, tmp_path / "b", generated=tmp_path / "broken", **SETTINGS)
+    assert r_at_1(results) == 0.0 and [miss.kind for miss in results.failures] == ["unreadable"]
+    assert {row.accuracy.mean for row in results.two_way} == {0.0}
+
+
+def test_no_headline_where_every_caption_says_the_same(world, tmp_path):
+    same = prompts_of(tmp_path, {"id": "red", "text": "a box"}, {"id": "blue", "text": "A box."})
+    results = run(same, tmp_path / "out", generated=world / "perfect", **SETTINGS)
+    assert results.headline.r_at_1 is None and "nothing can be told apart" in results.headline.reason
+
+
+def test_captions_that_are_not_the_protocols_are_told_beside_the_number(world, tmp_path):
+    results = score(world, tmp_path, protocol="dreamfields-45")
+    assert "not those of dreamfields-45" in results.headline.reason and results.galleries[0].of_protocol is False
+    assert "dry runs" in results.headline.reason
+
+
+def test_a_broken_reference_is_told(world, tmp_path):
+    (tmp_path / "cut.glb").write_bytes(b"glTF")
+    lines = [{"id": name, "text": f"a {name} box", "reference": path}
+             for name, path in (("red", f"{world}/true/red.glb"), ("blue", "cut.glb"))]  # fmt: skip
+    results = run(prompts_of(tmp_path, *lines), tmp_path / "out", generated=world / "perfect", **SETTINGS)
+    assert r_at_1(results, "true renders") == 0.5 and not results.failures
+    assert any("1 of the true renders failed" in note and "blue: " in note for note in results.notes)
+
+
+def test_a_shading_that_some_objects_lack_is_left_out(world, tmp_path):
+    protocol = tmp_path / "two.yaml"
+    protocol.write_text(
+        "{name: two, about: x, source: x, cameras: {azimuths_deg: [0], elevation_deg: 20, distance: 4, fov_deg: 40}, "
+        "resolution: 64, shadings: [colour, textureless], gallery: {kind: prompts}, aggregation: view mean}"
+    )
+    folder = tmp_path / "mixed"
+    box(folder / "red.glb", "red")
+    (folder / "blue").mkdir()
+    Image.new("RGB", (64, 64), COLOURS["blue"]).save(folder / "blue" / "rgb_0.png")
+    two = prompts_of(tmp_path, {"id": "red", "text": "a red box"}, {"id": "blue", "text": "a blue box"})
+    results = run(two, tmp_path / "out", generated=folder, **{**SETTINGS, "protocol": protocol})
+    assert {score.shading for score in results.scores} == {"colour"}
+    assert any("no textureless score" in note for note in results.notes) and not results.failures
+    only = run(two, tmp_path / "out2", generated=world / "perfect", **{**SETTINGS, "protocol": protocol})
+    assert {score.shading for score in only.scores} == {"colour", "textureless"}
+
+
+def test_names_of_groups_are_no_markup(world, tmp_path, capsys):
+    odd = prompts_of(
+        tmp_path, {"id": "red", "text": "a red box", "group": "odd [/b] [red]"}, {"id": "blue", "text": "b"}
+    )
+    run(odd, tmp_path / "out", generated=world / "perfect", **SETTINGS)
+    assert "[red]" in capsys.readouterr().out
+
+
+def test_left_and_right_are_judged_from_the_front(tmp_path):
+    """Seen from behind, "b left of a" is true of "a left of b": views there must not count against it."""
+    from shapeloom.eval.benchmark.prompts import galleries, read_prompts
+    from shapeloom.eval.benchmark.scoring import Objects, from_the_front, retrieve
+
+    text = "a red cube left of a blue ball"
+    lines = [{"id": "a", "text": text, "swaps": [{"kind": "order", "text": SWAPPED}]}, {"id": "b", "text": "a dog"}]
+    prompts = read_prompts(prompts_of(tmp_path, *lines)).prompts
+    assert [from_the_front(prompt) for prompt in prompts] == [True, False]
+    hard = galleries(prompts)[-1]
+    vectors_ND = np.eye(len(hard.captions), dtype=np.float32)
+    front, back = (vectors_ND[hard.captions.index(caption)] for caption in (text, SWAPPED))
+    azimuths = (0.0, 30.0, 180.0, 210.0)
+    views_VD = np.stack([front, front, back, back])
+    objects = Objects("generated", np.stack([views_VD, np.stack([vectors_ND[1]] * 4)])[:, None],
+                      np.zeros((2, 1), bool), np.ones(2, bool), azimuths)  # fmt: skip
+    hits_PN = hard.hits(prompts)
+    frontal_P = np.array([True, False])
+    for aggregation in ("view mean", "mean embedding", "best view", "any view"):
+        found = retrieve(objects, vectors_ND, hits_PN, aggregation, frontal_P)
+        assert found.scores_PSM[:, 0, 0].tolist() == [1.0, 1.0], aggregation
+    assert found.right_PSV[0, 0].tolist() == [1, 1, 0, 0] and found.nearest_PSV[0, 0, 2:].tolist() == [-1, -1]
+    assert retrieve(objects, vectors_ND, hits_PN, "view mean").scores_PSM[0, 0, 0] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -193,6 +295,7 @@ def test_an_evaluator_that_conditioned_the_system_makes_no_headline(world, tmp_p
         ({"seeds": [1, 1]}, "each once"),
         ({"pipeline": "x"}, "give either --generated"),
         ({"generated": None}, "give either --generated"),
+        ({"generated": None, "pipeline": "x", "shard": "0/2"}, "--shard takes objects that are there"),
         ({"protocol": "none"}, "there is no protocol 'none'"),
         ({"evaluators": ["/nowhere/at-all"]}, "/nowhere/at-all"),
     ],

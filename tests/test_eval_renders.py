@@ -30,7 +30,7 @@ class Sleeper:
     def key(self):
         return {"test": "sleeper"}
 
-    def load(self) -> Loaded:
+    def load(self, reading=None) -> Loaded:
         while True:
             time.perf_counter()
 
@@ -42,7 +42,7 @@ class Killer:
     def key(self):
         return {"test": "killer"}
 
-    def load(self) -> Loaded:
+    def load(self, reading=None) -> Loaded:
         kill(getpid(), signal.SIGKILL)
         raise AssertionError
 
@@ -97,20 +97,68 @@ def test_a_second_time_nothing_is_rendered(cache, tmp_path, monkeypatch):
 
 def test_what_decides_the_pixels_decides_the_key(tmp_path):
     source = box(tmp_path / "a.glb")
-    key = RenderCache(tmp_path, PROTOCOL).keys([source])
+    key = RenderCache(tmp_path, PROTOCOL).key(source)
     for change in ({"resolution": 49}, {"normalise": "none"}, {"background": (0.0, 0.0, 0.0)}):
-        assert RenderCache(tmp_path, PROTOCOL.model_copy(update=change)).keys([source]) != key
-    assert RenderCache(tmp_path, PROTOCOL.model_copy(update={"aggregation": "any view"})).keys([source]) == key
-    assert RenderCache(tmp_path, PROTOCOL).keys([MeshFile(source.path, up="z")]) != key
+        assert RenderCache(tmp_path, PROTOCOL.model_copy(update=change)).key(source) != key
+    assert RenderCache(tmp_path, PROTOCOL.model_copy(update={"aggregation": "any view"})).key(source) == key
+    assert RenderCache(tmp_path, PROTOCOL).key(MeshFile(source.path, up="z")) != key
 
 
-def test_a_changed_texture_is_seen(cache, tmp_path):
-    (tmp_path / "a.mtl").write_text("newmtl m\nmap_Kd t.png\n")
-    (tmp_path / "a.obj").write_text(
+def textured(folder, colour):
+    """An OBJ whose bytes are the same whatever its texture."""
+    folder.mkdir(exist_ok=True)
+    (folder / "a.mtl").write_text("newmtl m\nmap_Kd t.png\n")
+    (folder / "a.obj").write_text(
         "mtllib a.mtl\nv 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 1 1\nvt 0 1\nusemtl m\n"
         "f 1/1 2/2 3/3\nf 1/1 3/3 4/4\n"
     )
-    source = MeshFile(str(tmp_path / "a.obj"))
+    Image.new("RGB", (4, 4), colour).save(folder / "t.png")
+    return MeshFile(str(folder / "a.obj"))
+
+
+def test_two_files_of_equal_bytes_have_each_their_own_texture(cache, tmp_path):
+    sources = [textured(tmp_path / colour, colour) for colour in ("red", "lime")]
+    red, lime = (cache.pictures(one)["colour"][0, 24, 24] for one in cache.render(sources, workers=1, description=""))
+    assert red[0] > red[1] and lime[1] > lime[0]
+
+
+def test_what_was_missing_and_is_there_now_is_read(cache, tmp_path):
+    source = textured(tmp_path / "a", "red")
+    (tmp_path / "a" / "t.png").rename(tmp_path / "t.png")
+    bare = one(cache, source)
+    assert "t.png" in bare.warnings[0] and one(cache, source).warnings == bare.warnings
+    (tmp_path / "t.png").rename(tmp_path / "a" / "t.png")
+    whole = one(cache, source)
+    assert not whole.warnings and whole.pixels != bare.pixels
+    box(tmp_path / "b.gltf")
+    buffer = next(tmp_path.glob("*.bin"))
+    data = buffer.read_bytes()
+    buffer.unlink()
+    source = MeshFile(str(tmp_path / "b.gltf"))
+    assert one(cache, source).miss.kind == "unreadable"
+    buffer.write_bytes(data)
+    assert one(cache, source).views == 12
+
+
+def test_a_lost_picture_is_rendered_again(cache, tmp_path):
+    source = box(tmp_path / "a.glb")
+    first = one(cache, source)
+    for harm in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:99])):
+        harm(next((tmp_path / "cache").rglob("*.png")))
+        assert one(cache, source) == first and cache.pictures(first)["colour"].shape == (12, 48, 48, 3)
+
+
+def test_a_cache_that_cannot_be_written_ends_the_run(tmp_path):
+    cache = RenderCache(tmp_path / "cache", PROTOCOL)
+    source = box(tmp_path / "a.glb")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "renders").write_text("a file where a folder should be")
+    with pytest.raises(OSError, match="renders"):
+        one(cache, source)
+
+
+def test_a_changed_texture_is_seen(cache, tmp_path):
+    source = textured(tmp_path, "red")
     seen = []
     for colour in ("red", "lime", "lime"):
         Image.new("RGB", (4, 4), colour).save(tmp_path / "t.png")
@@ -146,6 +194,7 @@ def test_an_object_that_hangs_or_kills_its_process_is_alone(tmp_path):
     again = RenderCache(tmp_path / "cache", PROTOCOL, Limits(cpu_s=1))
     assert again.render([Sleeper()], workers=1, description="test")[0].miss == slow.miss  # kept
     assert again._find(Sleeper()).miss and not RenderCache(tmp_path / "cache", PROTOCOL)._find(Sleeper()).miss
+    assert not again._find(Killer()).miss  # whatever killed it may not do so again
 
 
 def test_damaged_records_are_made_again(cache, tmp_path):

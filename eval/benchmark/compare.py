@@ -13,7 +13,7 @@ import io
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from ...errors import UserError
 from ...files import write_json
-from .schema import METRICS, PER_PROMPT, Results, read_results
+from .schema import METRICS, PER_PROMPT, Independence, Results, read_results
 from .statistics import PairedDifference, holm, mcnemar, paired_bootstrap
 
 __all__ = ["FORMAT", "Comparison", "Comparisons", "McNemar", "Outcome", "Scored", "compare"]
@@ -99,12 +99,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """What `compare` finds. hashes: of the protocol, gallery and evaluator that the runs have in common."""
+    """What `compare` finds.
+
+    hashes: of the protocol, gallery, evaluator and set of prompts that the runs have in common.
+    leaks: runs whose system was conditioned by what judges it, and how.
+    """
 
     a: str
     scored: Scored
     hashes: dict[str, str]
     comparisons: list[Comparison]
+    leaks: dict[str, Independence] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
@@ -143,10 +148,18 @@ def compare(
     results = [read_results(folder) for folder in folders]
     scored = _choose(folders[0], results[0], metric, (evaluator, shading, gallery), group)
     identity = _check_the_same(folders, results, scored, allow_partial)
-    a_prompts, *others = (_read_prompts(folder, result, scored) for folder, result in zip(folders, results))
+    a_prompts, *others = (
+        _read_prompts(folder, result, _by_its_name(scored, results[0], result))
+        for folder, result in zip(folders, results)
+    )
     pairs = [_pair(folders[0], folder, a_prompts, prompts) for folder, prompts in zip(folders[1:], others)]
     hashes = {what: hash_ for what, (_, hash_) in identity.items()}
-    found = Comparisons(str(folders[0]), scored, hashes, _compare(pairs, metric))
+    leaks = {
+        str(folder): leak
+        for folder, result in zip(folders, results)
+        if (leak := _leaks(result, _by_its_name(scored, results[0], result)))
+    }
+    found = Comparisons(str(folders[0]), scored, hashes, _compare(pairs, metric), leaks)
     if out is not None:
         write_json(out, found.to_json())
     _print(found)
@@ -172,7 +185,9 @@ def _check_the_same(
     folders: Sequence[Path], results: Sequence[Results], scored: Scored, allow_partial: bool
 ) -> dict[str, tuple[str, str]]:
     """Name and hash of what made the numbers. Raises UserError where runs differ in it, or a run is partial."""
-    identities = [_identity(folder, result, scored) for folder, result in zip(folders, results)]
+    identities = [
+        _identity(folder, result, _by_its_name(scored, results[0], result)) for folder, result in zip(folders, results)
+    ]
     for folder, result, identity in zip(folders, results, identities):
         if result.partial and not allow_partial:
             raise UserError(
@@ -208,7 +223,21 @@ def _identity(folder: Path, results: Results, scored: Scored) -> dict[str, tuple
         "protocol": (str(results.protocol.get("name", "")), str(results.protocol.get("hash", ""))),
         "gallery": (scored.gallery, of_gallery.get(scored.gallery, "")),
         "evaluator": (scored.evaluator, of_evaluator.get(scored.evaluator, "")),
+        "set of prompts": (str(results.prompts.get("source", "")), str(results.prompts.get("hash", ""))),
     }
+
+
+def _by_its_name(scored: Scored, a: Results, results: Results) -> Scored:
+    """What is compared, with the evaluator as this run calls it: one run may have named a folder in another way."""
+    hashes = [record.hash for record in a.evaluators if record.name == scored.evaluator]
+    names = [record.name for record in results.evaluators if record.hash in hashes]
+    return scored if scored.evaluator in names or not names else replace(scored, evaluator=names[0])
+
+
+def _leaks(results: Results, scored: Scored) -> Independence | None:
+    """The evaluator's tie with what conditioned the run's system, where it makes the score no fair one."""
+    found = [record.independence for record in results.evaluators if record.name == scored.evaluator]
+    return found[0] if found and found[0] in ("same weights", "same pre-training") else None
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -421,6 +450,10 @@ def _print(found: Comparisons) -> None:
         for title, outcomes in (("lost most", one.lost_most), ("won most", one.won_most)):
             if outcomes:
                 console.print(_extremes(f"{letter} {title}", letter, outcomes))
+    for folder, leak in found.leaks.items():
+        tell(
+            f"{folder}: the evaluator has its conditioner's {leak.removeprefix('same ')}, so the score is no fair one."
+        )
     for one in compared:
         tell(f"{one.verdict}.")
 
@@ -441,7 +474,7 @@ def _table(scored: Scored, compared: Sequence[Comparison]) -> Table:
             f"{100 * d.mean:+.1f} ({100 * d.lo:+.1f} to {100 * d.hi:+.1f})",
             f"{one.p_holm:.3f}",
             *((f"{changed.p_holm:.3f}", f"{changed.won} : {changed.lost}", str(changed.halves)) if changed else "–––"),
-            f"{100 * d.smallest_detectable:.1f}",
+            f"{100 * d.smallest_detectable:.1f}" if d.discordant else "–",
         )
     return table
 

@@ -111,13 +111,16 @@ def reconstruct_objects(
 ) -> None:
     """The references through the pipeline's autoencoder: `out/ID/0.glb`; none where it cannot read them."""
 
-    def make(batch: Sequence[tuple[Prompt, int]]) -> list[ExtractedMesh]:
+    def make(batch: Sequence[tuple[Prompt, int]]) -> Sequence[ExtractedMesh | None]:
         autoencoder = opened().autoencoder
         if prompts.raw is not None:
             z_BLC = encode_stored(autoencoder, prompts.raw, [prompt.index or 0 for prompt, _ in batch])
         else:
-            z_BLC = encode_surfaces(autoencoder, [_surface(prompt) for prompt, _ in batch])
-        return _decoded(autoencoder, z_BLC, resolution)
+            surfaces = [_surface(prompt) for prompt, _ in batch]
+            whole = [surface for surface in surfaces if surface is not None]
+            made = iter(_decoded(autoencoder, encode_surfaces(autoencoder, whole), resolution)) if whole else iter(())
+            return [None if surface is None else next(made) for surface in surfaces]
+        return list(_decoded(autoencoder, z_BLC, resolution))
 
     objects = [(prompt, 0) for prompt in chosen]
     if all(map(Path.exists, _files(objects, out))) or _can_encode(opened().autoencoder, prompts):
@@ -132,7 +135,7 @@ def _can_encode(autoencoder: Autoencoder, prompts: PromptSet) -> bool:
 def _make_groups(
     objects: Sequence[tuple[Prompt, int]],
     out: Path,
-    make: Callable[[Sequence[tuple[Prompt, int]]], list[ExtractedMesh]],
+    make: Callable[[Sequence[tuple[Prompt, int]]], Sequence[ExtractedMesh | None]],
     ranks: Ranks,
     description: str,
 ) -> None:
@@ -144,7 +147,7 @@ def _make_groups(
     with Bar(sum(map(len, groups)), description, start=done, quiet=not ranks.first) as bar:
         for group in todo:
             for path, mesh in zip(_files(group, out), make(group), strict=True):
-                write_empty_glb(path) if is_empty(mesh) else write_glb(path, mesh)
+                write_empty_glb(path) if mesh is None or is_empty(mesh) else write_glb(path, mesh)
             bar.update(len(group))
 
 
@@ -167,10 +170,16 @@ def _decoded(autoencoder: Autoencoder, z_BLC: torch.Tensor, resolution: int) -> 
         return extract_mesh(autoencoder.decode(z_BLC.to(autoencoder.device)), resolution)
 
 
-def _surface(prompt: Prompt) -> np.ndarray:
-    """Points on a reference mesh as the encoder takes them: xyz, unit normal, sRGB in [0, 1]; f32 [N, 9]."""
+def _surface(prompt: Prompt) -> np.ndarray | None:
+    """Points on a reference mesh as the encoder takes them: xyz, unit normal, sRGB in [0, 1]; f32 [N, 9].
+
+    None for a reference that cannot be read: the row of true renders tells it.
+    """
     assert prompt.reference is not None
-    mesh = prompt.reference.load().mesh
+    try:
+        mesh = prompt.reference.load().mesh
+    except UserError:
+        return None
     assert mesh is not None, "only samples of raw shards have no mesh"
     surface = sample_surface(mesh.normalised()[0], ENCODED_POINTS, np.random.default_rng(0))
     return np.concatenate([surface.xyz, surface.normal, surface.rgb.astype(np.float32) / 255], axis=1)

@@ -35,9 +35,10 @@ PART_NAMES = {1: "single objects", 2: "pairs", 3: "triples"}
 SPLIT_NAMES = {"test_seen": "seen", "test_combo": "unseen combinations", "test_attr": "unseen attributes"}
 
 # The keys of a line of prompts.jsonl. `group`: a name or several. `image`: a picture file the object may be made from.
-# `reference`: a mesh file of the true object. `equivalent_ids`: prompts that say the same. `swaps`: captions that say
-# something else with the same words ({"kind", "text"}), where the grammar's own are not wanted.
-LINE = ("id", "text", "group", "image", "reference", "equivalent_ids", "swaps")
+# `reference`: a mesh file of the true object; `reference_up`: "y" or "z", the axis that points up in it.
+# `equivalent_ids`: prompts that say the same. `swaps`: captions that say something else with the same words
+# ({"kind", "text"}), where the grammar's own are not wanted.
+LINE = ("id", "text", "group", "image", "reference", "reference_up", "equivalent_ids", "swaps")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 LONGEST_TEXT = 2000
 MOST_BYTES = 256 << 20
@@ -84,7 +85,8 @@ class PromptSet:
 
     @property
     def hash(self) -> str:
-        return sha256_json([[p.id, p.text, p.meaning, list(p.groups)] for p in self.prompts])
+        """Of ids, captions and which of them say the same."""
+        return sha256_json([[p.id, p.text, p.meaning] for p in self.prompts])
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,8 @@ def _lines(path: Path) -> list[str]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise UserError(f"prompts {path} is larger than {MOST_BYTES >> 20} MB: split it")
-        return path.read_bytes().decode("utf-8-sig").splitlines()
+        # By line feeds alone: captions may hold what Unicode calls a line separator.
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except FileNotFoundError:
         raise UserError(f"prompts {path} does not exist") from None
     except UnicodeDecodeError as error:
@@ -249,7 +252,9 @@ def _of_fields(fields: dict[str, Any], path: Path, where: str) -> Prompt:
     if (image := _file(fields, "image", path, where)) is not None:
         prompt = replace(prompt, image=Picture(str(image)))
     if (reference := _file(fields, "reference", path, where)) is not None:
-        prompt = replace(prompt, reference=MeshFile(str(reference)))
+        if (up := fields.get("reference_up", "y")) not in ("y", "z"):
+            raise UserError(f"{where}: reference_up must be 'y' or 'z', got {up!r}")
+        prompt = replace(prompt, reference=MeshFile(str(reference), up))
     if fields.get("swaps") is not None:
         prompt = replace(prompt, swaps=_given_swaps(fields["swaps"], prompt, where))
     return prompt
@@ -290,7 +295,9 @@ def _text(text: Any, where: str) -> str:
         raise UserError(f'{where}: the caption is missing or empty: give it as "text"')
     if len(text) > LONGEST_TEXT:
         raise UserError(f"{where}: the caption has {len(text)} characters; at most {LONGEST_TEXT} are taken")
-    return re.sub(r"\s*[\n\r\t\v\f]\s*", " ", text.strip())
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{where}: the caption holds half of a character (a lone surrogate): write it whole")
+    return re.sub(r"\s*[\n\r\t\v\f\x1c-\x1e\x85\u2028\u2029]\s*", " ", text.strip())
 
 
 def _prompt(own_id: str, text: str, names: tuple[str, ...] = ()) -> Prompt:

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from ...config import Config, check_config
 from ...data_pipes import render as renderer
 from ...data_pipes.mesh import NORMALISED_SIDE
+from ...data_pipes.read import VERSION as READER_VERSION
 from ...errors import UserError
 from ...files import sha256_json
 from ...models.cameras import Cameras, orbit
@@ -99,7 +100,8 @@ class Protocol(Config):
         """The part of it that decides pixels."""
         names = ("cameras", "resolution", "background", "samples_per_axis", "normalise", "shadings")
         every = self.to_dict()
-        return {**{name: every[name] for name in names}, "shading": _shading(), "renderer": renderer.VERSION}
+        versions = {"renderer": renderer.VERSION, "reader": READER_VERSION}
+        return {**{name: every[name] for name in names}, "shading": _shading(), **versions}
 
     def views(self) -> Cameras:
         ring = self.cameras
@@ -133,7 +135,10 @@ def load_protocol(name: str | Path) -> Protocol:
         raise UserError(
             f"there is no protocol '{name}'; there are {', '.join(protocol_names())}, or a YAML file's path"
         )
-    return check_config(Protocol, _read_yaml(path), f" in {path}")
+    protocol = check_config(Protocol, _read_yaml(path), f" in {path}")
+    if protocol.published is not None and protocol.published not in (known := _read_yaml(FOLDER / PUBLISHED)):
+        raise UserError(f"{path}: published '{protocol.published}' is not known; there are {', '.join(known)}")
+    return protocol
 
 
 def published_rows(protocol: Protocol) -> list[Published]:

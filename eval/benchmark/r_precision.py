@@ -25,7 +25,14 @@ import numpy as np
 
 from ...errors import UserError
 from ...files import sha256_json
-from ..evaluators.registry import EvaluatorFacts, describe, describe_conditioner, independence, open_evaluator
+from ..evaluators.registry import (
+    EvaluatorFacts,
+    describe,
+    describe_conditioner,
+    describe_declared,
+    independence,
+    open_evaluator,
+)
 from .embeddings import EmbeddingCache
 from .inputs import Found, find_objects
 from .prompts import Prompt, PromptSet, choose, read_prompts
@@ -42,6 +49,8 @@ if TYPE_CHECKING:
     from .make import Sampling
 
 __all__ = ["run"]
+
+TIES: tuple[Independence, ...] = ("same weights", "same pre-training", "same architecture", "independent", "unknown")
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ def run(
     protocol: str | Path = "default-v1",
     evaluators: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
-    conditioned_by: str | None = None,
+    conditioned_by: Sequence[str] = (),
     up: Up = "y",
     limit: int | None = None,
     shard: str | None = None,
@@ -116,11 +125,12 @@ def run(
         protocol: a name, or a YAML file.
         evaluators: as `evaluators.open_evaluator` reads them; the first that is independent makes the headline.
         seeds: that every prompt should have; None takes those found (0 for a pipeline).
-        conditioned_by: a CLIP that the system was conditioned, guided or filtered by, where no pipeline says it.
+        conditioned_by: CLIPs that the system was conditioned, guided or filtered by, beside the pipeline's own; names
+            need no weights here.
         limit: at most so many prompts, in turn from all groups; the galleries stay whole, the result is "partial".
         shard: "I/N", this process's part of a run without a launcher; it renders and embeds, and scores nothing.
         cache_folder: for renders and embeddings; by default in `out`.
-        workers: processes that render. time_limit_s: processor time for rendering one object.
+        workers: processes that render, on each machine. time_limit_s: processor time for rendering one object.
     Returns: what results.json holds; None on other ranks than the first, and for a shard.
     Raises: UserError for whatever is wrong with prompts, objects, evaluators, protocol or settings.
     """
@@ -133,6 +143,12 @@ def run(
     if seeds is not None and (not seeds or len(set(seeds)) != len(seeds)):
         raise UserError(f"give at least one seed and each once, got {list(seeds)}")
     clock, ranks, out = Clock(), Ranks.of_this_process(shard), Path(out)
+    if pipeline is not None and not ranks.joined:
+        raise UserError(
+            "--shard takes objects that are there: make them with --pipeline and no --shard first, then give their "
+            "folder in OUT/generated as --generated"
+        )
+    workers = max(1, workers // ranks.on_this_machine)
     device = device or ranks.device()
     kept = Path(cache_folder) if cache_folder else out / "cache"
     rules, every = load_protocol(protocol), read_prompts(prompts)
@@ -161,9 +177,11 @@ def run(
         if not ranks.joined:
             print(f"shard {shard} is done; when all are, the same command without --shard scores from {kept}")
         return None
-    if ranks.world > 1:
-        shown = renders.render(_flat(rows), workers=workers, description="rendering")
     with clock("embed"):
+        if ranks.world > 1:  # all objects; the other ranks' are there
+            shown = renders.render(_flat(rows), workers=workers, description="rendering")
+            for embedder in embedders:
+                embedder.embed(renders, shown, f"embedding by {embedder.facts.name}")
         scored = [
             _scored(embedder, rows, shown, every, chosen, rules, leak)
             for embedder, leak in zip(embedders, leaks, strict=True)
@@ -180,7 +198,7 @@ def run(
             inputs=inputs.record,
             duplicates=_duplicates(chosen, inputs.found, shown),
             misses=_misses(chosen, inputs.found, shown),
-            notes=inputs.notes,
+            notes=[*inputs.notes, *_notes(rows, shown, chosen)],
         )
     return write_results(out, results, placed, chosen, inputs.found, _thumbnails(rows, shown, renders), clock.to_json)
 
@@ -188,16 +206,17 @@ def run(
 def _independence(
     facts: Sequence[EvaluatorFacts],
     pipeline: str | Path | None,
-    conditioned_by: str | None,
+    conditioned_by: Sequence[str],
     memo: Path,
     allow_download: bool,
 ) -> list[Independence]:
-    known = None
-    if conditioned_by is not None:
-        known = describe(conditioned_by, memo=memo, allow_download=allow_download)
-    elif pipeline is not None:
-        known = describe_conditioner(pipeline, memo=memo)
-    return [independence(one, known) for one in facts]
+    """Of each evaluator from whatever conditioned the system, the closest tie of all."""
+    known: list[EvaluatorFacts | None] = [
+        describe_declared(name, memo=memo, allow_download=allow_download) for name in conditioned_by
+    ]
+    if pipeline is not None:
+        known.append(describe_conditioner(pipeline, memo=memo))
+    return [min((independence(one, other) for other in known or [None]), key=TIES.index) for one in facts]
 
 
 def _from_folder(
@@ -299,8 +318,11 @@ def _scored(
     texts = [p.text for p in prompts.prompts] + [swap.text for p in prompts.prompts for swap in p.swaps]
     distinct = list(dict.fromkeys(texts))
     embeddings_ND, tokens_N = embedder.captions([protocol.caption(text) for text in distinct])
+    width = embeddings_ND.shape[1]
     objects = {
-        shading: [one for row, its in _by_row(rows, shown) if (one := _objects(embedder, row, its, shading, protocol))]
+        shading: [
+            one for row, its in _by_row(rows, shown) if (one := _objects(embedder, row, its, shading, protocol, width))
+        ]
         for shading in protocol.shadings
     }
     return Scored(embedder.facts, leak, objects, dict(zip(distinct, embeddings_ND)), dict(zip(distinct, tokens_N)))
@@ -315,24 +337,27 @@ def _by_row(rows: Sequence[Row], shown: Sequence[Rendered]) -> Iterator[tuple[Ro
 
 
 def _objects(
-    embedder: EmbeddingCache, row: Row, shown: Sequence[Rendered], shading: str, protocol: Protocol
+    embedder: EmbeddingCache, row: Row, shown: Sequence[Rendered], shading: str, protocol: Protocol, width: int
 ) -> Objects | None:
-    """A row as the evaluator sees it; None where no object has this shading."""
+    """A row as the evaluator sees it; None where an object has pictures, but not in this shading: that is no miss."""
     n_prompts, n_seeds = len(row.sources_PS), len(row.sources_PS[0])
     seen = [one for one in shown if one.pixels and shading in one.pixels]
-    if not seen and (shading != "colour" or row.name != "generated"):
+    if any(one.pixels and shading not in one.pixels for one in shown):
         return None
     views = {embedder.of(one, shading).shape for one in {one.key: one for one in seen}.values()}
     if len(views) > 1:
         raise UserError(f"the objects of '{row.name}' have different numbers of views: {sorted(v for v, _ in views)}")
-    shape = next(iter(views), (1, 1))
+    shape = next(iter(views), (1, width))
+    azimuths = protocol.cameras.azimuths_deg if row.ring and shape[0] == len(protocol.cameras.azimuths_deg) else None
+    if len(shown) > 1 and len({one.key for one in shown}) == 1 and seen:  # a control that is one object for all
+        same_PSVD = np.broadcast_to(embedder.of(seen[0], shading), (n_prompts, n_seeds, *shape))
+        return Objects(row.name, same_PSVD, np.zeros((n_prompts, n_seeds), bool), row.present_P, azimuths)
     embeddings_PSVD = np.zeros((n_prompts, n_seeds, *shape), np.float32)
     missed_PS = np.ones((n_prompts, n_seeds), bool)
     for place, one in enumerate(shown):
         if one.pixels and shading in one.pixels:
             at = divmod(place, n_seeds)
             embeddings_PSVD[at], missed_PS[at] = embedder.of(one, shading), False
-    azimuths = protocol.cameras.azimuths_deg if row.ring and shape[0] == len(protocol.cameras.azimuths_deg) else None
     return Objects(row.name, embeddings_PSVD, missed_PS, row.present_P, azimuths)
 
 
@@ -344,6 +369,21 @@ def _misses(chosen: Sequence[Prompt], found: Found, shown: Sequence[Rendered]) -
         for (own_id, seed), one in zip(units, shown)
         if one.miss
     ]
+
+
+def _notes(rows: Sequence[Row], shown: Sequence[Rendered], chosen: Sequence[Prompt]) -> Iterator[str]:
+    """Controls that failed, which lower the ceiling, and objects that were read without a part of what they name."""
+    for row, its in _by_row(rows, shown):
+        per_prompt = len(row.sources_PS[0])
+        if row.name not in ("generated", PICTURES):
+            failed = [(chosen[n // per_prompt].id, one.miss) for n, one in enumerate(its) if one.miss]
+            failed = [(own_id, miss) for own_id, miss in failed if miss.kind != "missing"]
+            if failed:
+                told = "; ".join(f"{own_id}: {miss.reason}" for own_id, miss in failed[:3])
+                yield f"{len(failed)} of the {row.name} failed and count as misses ({told})"
+        warned = [one for one in its if one.warnings]
+        if warned:
+            yield f"{len(warned)} of {row.name} were read without a part of what they name ({warned[0].warnings[0]})"
 
 
 def _duplicates(chosen: Sequence[Prompt], found: Found, shown: Sequence[Rendered]) -> list[list[str]]:

@@ -38,6 +38,11 @@ class Ranks:
         return cls(int(first), int(second), joined=False)
 
     @property
+    def on_this_machine(self) -> int:
+        """How many ranks share this machine's processors."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.joined else 1
+
+    @property
     def first(self) -> bool:
         return self.rank == 0
 

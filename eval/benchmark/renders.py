@@ -31,7 +31,7 @@ from ...errors import UserError
 from ...files import sha256_json, write_atomic, write_json
 from ...progress import Bar
 from .protocol import Protocol
-from .sources import Loaded, MeshFile, Source
+from .sources import Loaded, MeshFile, Reading, Source
 
 __all__ = ["Limits", "Miss", "RenderCache", "Rendered"]
 
@@ -68,6 +68,7 @@ class Rendered:
     views: int = 0
     pixels: dict[str, str] | None = None
     miss: Miss | None = None
+    warnings: tuple[str, ...] = ()
 
 
 MISSING = Rendered("", miss=Miss("missing", "there is no file for it"))
@@ -104,20 +105,19 @@ class RenderCache:
             )
             with Bar(len(jobs), description) as bar:
                 for job, result in zip(jobs, results, strict=True):
+                    if isinstance(result, OSError):  # the cache cannot be written; the objects are not to blame
+                        raise result
                     made[job.key] = self._give_up(job.key, result) if isinstance(result, Failed) else result
                     bar.update(1)
         return [made.get(one.key, one) for one in found]
 
     def _give_up(self, key: str, failed: Failed) -> Rendered:
-        """Keep that a worker went over its limits or died; with higher limits it is tried again."""
-        miss = Miss("timed out" if "took longer" in failed.reason else "crashed", failed.reason)
-        rendered = Rendered(key, miss=miss)
-        _keep(self.folder, rendered, {}, self.limits)
+        """A worker that went over its limits is kept, until they are raised; one that died is tried again next time."""
+        over = [word for word in ("took longer", "of memory") if word in failed.reason]
+        rendered = Rendered(key, miss=Miss("timed out" if over == ["took longer"] else "crashed", failed.reason))
+        if over:
+            _keep(self.folder, rendered, Reading(), limits=self.limits)
         return rendered
-
-    def keys(self, sources: Sequence[Source | None]) -> list[str]:
-        """Of the pictures; equal for objects of equal bytes. Empty for a missing object."""
-        return ["" if source is None else self._key(source) for source in sources]
 
     def pictures(self, rendered: Rendered) -> dict[str, np.ndarray]:
         """u8 [V, S, S, 3] by shading."""
@@ -133,20 +133,26 @@ class RenderCache:
         path = self._path(rendered.key, "webp")
         return path.read_bytes() if rendered.pixels and path.is_file() else None
 
-    def _key(self, source: Source) -> str:
+    def key(self, source: Source) -> str:
+        """Of its pictures; equal for objects of equal bytes. Raises OSError as `Source.key`."""
         return sha256_json({**source.key(), "by": self.protocol.render_key})
 
     def _find(self, source: Source) -> Rendered:
         """What is kept of a source, without pixels and miss where it must be rendered."""
-        key = self._key(source)
+        try:
+            key = self.key(source)
+        except OSError as error:
+            return Rendered("", miss=Miss("unreadable", f"it cannot be read ({error.strerror or error})"))
         try:
             kept = json.loads(self._path(key, "json").read_text())
+            if kept["pixels"] and self._path(key, "png").stat().st_size != kept["bytes"]:
+                return Rendered(key)
             if isinstance(source, MeshFile) and kept["sidecars"] != source.sidecars_now(kept["sidecars"]):
                 return Rendered(key)
             if kept["limits"] and any(asdict(self.limits)[name] > most for name, most in kept["limits"].items()):
                 return Rendered(key)
             miss = Miss(**kept["miss"]) if kept["miss"] else None
-            return Rendered(key, int(kept["views"]), kept["pixels"], miss)
+            return Rendered(key, int(kept["views"]), kept["pixels"], miss, tuple(kept["warnings"]))
         except (OSError, ValueError, KeyError, TypeError):
             return Rendered(key)
 
@@ -158,13 +164,12 @@ def _path(folder: Path, key: str, suffix: str) -> Path:
     return folder / key[:2] / f"{key}.{suffix}"
 
 
-def _render(job: _Job) -> Rendered:
-    """Runs in a worker: load, draw, keep."""
-    folder, sidecars = Path(job.folder), {}
+def _render(job: _Job) -> Rendered | OSError:
+    """Runs in a worker: load, draw, keep. An OSError is of the cache, and handed to the parent."""
+    folder, reading = Path(job.folder), Reading()
+    strip = thumbnail = b""
     try:
-        loaded = job.source.load()
-        sidecars = loaded.sidecars
-        pictures = _pictures(loaded, job.protocol)
+        pictures = _pictures(job.source.load(reading), job.protocol)
     except UserError as error:
         kind, reason = (error.kind, error.reason) if isinstance(error, Rejected) else ("unreadable", str(error))
         rendered = Rendered(job.key, miss=Miss(kind, reason))
@@ -173,16 +178,25 @@ def _render(job: _Job) -> Rendered:
         views = len(next(iter(pictures.values())))
         rows = [np.concatenate(list(views_VSS3), axis=1) for views_VSS3 in pictures.values()]
         # Level 1 is half as quick to write as raw bytes and a fifteenth of their size.
-        write_atomic(_path(folder, job.key, "png"), _encoded(np.concatenate(rows), "PNG", compress_level=1))
-        write_atomic(_path(folder, job.key, "webp"), _thumbnail(pictures["colour"], job.protocol))
-        rendered = Rendered(job.key, views, pixels)
-    _keep(folder, rendered, sidecars)
+        strip = _encoded(np.concatenate(rows), "PNG", compress_level=1)
+        thumbnail = _thumbnail(pictures["colour"], job.protocol)
+        rendered = Rendered(job.key, views, pixels, warnings=tuple(reading.warnings))
+    try:
+        if strip:
+            write_atomic(_path(folder, job.key, "png"), strip)
+            write_atomic(_path(folder, job.key, "webp"), thumbnail)
+        _keep(folder, rendered, reading, n_bytes=len(strip))
+    except OSError as error:
+        return OSError(error.errno, error.strerror, error.filename)
     return rendered
 
 
-def _keep(folder: Path, rendered: Rendered, sidecars: dict[str, str | None], limits: Limits | None = None) -> None:
-    """Write an object's JSON. limits: those that it went over."""
-    record: dict[str, Any] = {"views": rendered.views, "pixels": rendered.pixels, "sidecars": sidecars}
+def _keep(
+    folder: Path, rendered: Rendered, reading: Reading, *, n_bytes: int = 0, limits: Limits | None = None
+) -> None:
+    """Write an object's JSON. n_bytes: of its PNG; limits: those that it went over."""
+    record: dict[str, Any] = {"views": rendered.views, "pixels": rendered.pixels, "bytes": n_bytes}
+    record |= {"sidecars": reading.sidecars, "warnings": reading.warnings}
     record["miss"] = asdict(rendered.miss) if rendered.miss else None
     record["limits"] = asdict(limits) if limits else None
     write_json(_path(folder, rendered.key, "json"), record)

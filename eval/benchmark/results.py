@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ...data_pipes.contact_sheet import write_png
@@ -144,6 +145,9 @@ def print_results(results: Results, out: Path) -> None:
         f"{results.prompts['count']} prompts x {len(inputs['seeds'])} seed(s), {len(results.failures)} of "
         f"{inputs['objects']} objects failed, seconds: {results.timings_s}"
     )
+    for evaluator in results.evaluators:
+        for note in evaluator.notes:
+            say(f"note: {evaluator.name}: {note}")
     for note in results.notes:
         say(f"note: {note}")
     if results.partial:
@@ -175,12 +179,12 @@ def _retrieval(results: Results, evaluator: str, gallery: str) -> Table:
     )
     columns += [(row.shading, row.group) for row in chosen if row.shading != "colour" and row.group == "all"][:1]
     title = f"R@1 by {evaluator} among {size} ({gallery}), percent with 95 % interval"
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
     for shading, group in columns:
         counted = cells.get(("generated", shading, group))
         name = group if shading == "colour" else shading
-        table.add_column(f"{name}\nn = {counted.prompts if counted else 0}", justify="right")
+        table.add_column(escape(f"{name}\nn = {counted.prompts if counted else 0}"), justify="right")
     for name in dict.fromkeys(row.row for row in chosen):
         table.add_row(name, *(_cell(cells.get((name, shading, group))) for shading, group in columns))
     return table
@@ -190,13 +194,13 @@ def _two_way(results: Results, evaluator: str) -> Table:
     """Kinds of swap across."""
     chosen = [row for row in results.two_way if (row.evaluator, row.shading, row.group) == (evaluator, "colour", "all")]
     title = f"caption or its swap by {evaluator}, by kind of swap: accuracy, chance 50"
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
     cells = {(row.row, row.kind): row.accuracy for row in chosen}
     kinds = list(dict.fromkeys(row.kind for row in chosen))
     for kind in kinds:
         counted = cells.get(("generated", kind))
-        table.add_column(f"{kind}\nn = {counted.prompts if counted else 0}", justify="right")
+        table.add_column(escape(f"{kind}\nn = {counted.prompts if counted else 0}"), justify="right")
     for name in dict.fromkeys(row.row for row in chosen):
         table.add_row(name, *(_cell(cells.get((name, kind))) for kind in kinds))
     return table

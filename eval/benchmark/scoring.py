@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,7 +16,17 @@ from .prompts import Prompt
 from .schema import METRICS, Interval
 from .statistics import chance_scores, cluster_bootstrap, rank_scores, two_way
 
-__all__ = ["Objects", "Retrieved", "chance", "metrics_of", "rank_counts", "retrieve", "shuffled", "two_way_by_kind"]
+__all__ = [
+    "Objects",
+    "Retrieved",
+    "chance",
+    "from_the_front",
+    "metrics_of",
+    "rank_counts",
+    "retrieve",
+    "shuffled",
+    "two_way_by_kind",
+]
 
 KIND_GROUPS = {"parts": "order", "relation": "order", "colors": "binding", "shapes": "binding"}
 PROMPTS_AT_ONCE = 64
@@ -51,7 +61,7 @@ class Retrieved:
     Args:
         scores_PSM: r@1, r@5, r@10, mrr, cosine, margin; of a missed object 0 in the first four, NaN in the others.
         rank_PS: of its own caption, mean over the views that are scored; infinite where missed.
-        nearest_PSV: place in the gallery of the caption nearest to each view, -1 where missed.
+        nearest_PSV: place in the gallery of the caption nearest to each view, -1 where missed or not scored.
         right_PSV: r@1 of each view by itself.
     """
 
@@ -62,12 +72,31 @@ class Retrieved:
 
     def nearest(self, prompt: int, seed: int) -> int:
         """The caption that most views are nearest to; the first of the gallery among equals."""
-        counts = Counter(self.nearest_PSV[prompt, seed].tolist())
+        nearest_V = self.nearest_PSV[prompt, seed]
+        counts = Counter(nearest_V[nearest_V >= 0].tolist() or [-1])
         return min(counts, key=lambda place: (-counts[place], place))
 
 
-def retrieve(objects: Objects, gallery_ND: np.ndarray, hits_PN: np.ndarray, aggregation: str) -> Retrieved:
-    """Rank the gallery for every object. The aggregations are `protocol.Protocol`'s."""
+def from_the_front(prompt: Prompt) -> bool:
+    """Whether a swap of the prompt is true of its object seen from behind, as left and right are."""
+    return bool(VIEW_DEPENDENT.search(prompt.text)) and any(_group_of(swap.kind) == "order" for swap in prompt.swaps)
+
+
+def retrieve(
+    objects: Objects,
+    gallery_ND: np.ndarray,
+    hits_PN: np.ndarray,
+    aggregation: str,
+    frontal_P: np.ndarray | None = None,
+) -> Retrieved:
+    """Rank the gallery for every object. The aggregations are `protocol.Protocol`'s.
+
+    Args:
+        frontal_P: bool, prompts that are scored by the views within 45 degrees of the front alone, where there are
+            such; `right_PSV` is of all views.
+    """
+    if frontal_P is not None and frontal_P.any() and (frontal_V := _frontal(objects)) is not None:
+        return _merged(objects, gallery_ND, hits_PN, aggregation, frontal_P, frontal_V)
     n_prompts, n_seeds, n_views = objects.embeddings_PSVD.shape[:3]
     scores_PSM = np.zeros((n_prompts, n_seeds, len(METRICS)))
     scores_PSM[..., 4:] = np.nan
@@ -95,6 +124,28 @@ def retrieve(objects: Objects, gallery_ND: np.ndarray, hits_PN: np.ndarray, aggr
         scores_PSM[at] = by_view_KVM.max(axis=1) if any_view else by_view_KVM.mean(axis=1)
         rank_PS[at] = ranks_KV.min(axis=1) if any_view else ranks_KV.mean(axis=1)
     return Retrieved(scores_PSM, rank_PS, nearest_PSV, right_PSV)
+
+
+def _merged(
+    objects: Objects,
+    gallery_ND: np.ndarray,
+    hits_PN: np.ndarray,
+    aggregation: str,
+    frontal_P: np.ndarray,
+    frontal_V: np.ndarray,
+) -> Retrieved:
+    """Scores and ranks from the front for some prompts, from all views for the others; the rest from all views."""
+    whole = retrieve(objects, gallery_ND, hits_PN, aggregation)
+    seen = replace(objects, embeddings_PSVD=objects.embeddings_PSVD[:, :, frontal_V], azimuths_deg=None)
+    front = retrieve(seen, gallery_ND, hits_PN, aggregation)
+    nearest_PSV = whole.nearest_PSV.copy()
+    nearest_PSV[np.ix_(frontal_P, np.ones(nearest_PSV.shape[1], bool), ~frontal_V)] = -1
+    return Retrieved(
+        np.where(frontal_P[:, None, None], front.scores_PSM, whole.scores_PSM),
+        np.where(frontal_P[:, None], front.rank_PS, whole.rank_PS),
+        nearest_PSV,
+        whole.right_PSV,
+    )
 
 
 def metrics_of(retrieved: Retrieved, chosen_P: np.ndarray) -> dict[str, Interval]:
@@ -155,15 +206,19 @@ def two_way_by_kind(
         outcomes: dict[str, list[np.ndarray]] = defaultdict(list)
         for swap in prompt.swaps:
             views_SVD = objects.embeddings_PSVD[place]
-            if frontal_V is not None and KIND_GROUPS.get(swap.kind) == "order" and VIEW_DEPENDENT.search(prompt.text):
+            if frontal_V is not None and _group_of(swap.kind) == "order" and VIEW_DEPENDENT.search(prompt.text):
                 views_SVD = views_SVD[:, frontal_V]
             won_S = _won(views_SVD.astype(np.float64), captions[prompt.text], captions[swap.text], aggregation)
-            for kind in {swap.kind, KIND_GROUPS.get(swap.kind, swap.kind), "any"}:
+            for kind in {swap.kind, _group_of(swap.kind), "any"}:
                 outcomes[kind].append(np.where(objects.missed_PS[place], 0.0, won_S))
         for kind, won in outcomes.items():
             by_kind[kind][place] = np.mean(won, axis=0)
     order = ["order", "binding", *KIND_GROUPS]
     return dict(sorted(by_kind.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
+def _group_of(kind: str) -> str:
+    return KIND_GROUPS.get(kind, kind)
 
 
 def _won(views_SVD: np.ndarray, own_D: np.ndarray, other_D: np.ndarray, aggregation: str) -> np.ndarray:

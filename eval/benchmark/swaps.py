@@ -309,11 +309,14 @@ def swaps(caption: str) -> list[tuple[str, str]]:
     colors: two things have each other's colour. shapes: two things with adjectives are each what the other is.
     relation: the relation is the opposite one ("a dog under a car"), which may mean the same as "parts".
 
-    Captions of the procedural set are read by its grammar. In others articles follow, and capitals and stops stay.
+    Canonical captions of the procedural set are read by its grammar. In others articles follow; capitals, stops stay.
     """
     try:
         spec = grammar.parse(caption)
     except UserError:
+        return free_swaps(caption)
+    # Its swaps are in canonical words: of other words only the free rules keep the wording.
+    if caption != grammar.canonical_caption(spec):
         return free_swaps(caption)
     return [(swap["kind"], swap["caption"]) for swap in grammar.swaps(spec)]
 

@@ -35,7 +35,17 @@ from .schema import (
     TwoWay,
     Variance,
 )
-from .scoring import Objects, Retrieved, chance, metrics_of, rank_counts, retrieve, shuffled, two_way_by_kind
+from .scoring import (
+    Objects,
+    Retrieved,
+    chance,
+    from_the_front,
+    metrics_of,
+    rank_counts,
+    retrieve,
+    shuffled,
+    two_way_by_kind,
+)
 from .statistics import cluster_bootstrap, variance_parts
 
 __all__ = ["PICTURES", "Placed", "Scored", "placements", "tabulate"]
@@ -92,8 +102,9 @@ def placements(
             matrices += [_picture_gallery(objects, prompts) for objects in rows if objects.name == PICTURES]
             for pool, gallery_ND in matrices:
                 hits_PN = pool.hits(chosen)
+                frontal_P = np.array([pool.name == "hard" and from_the_front(prompt) for prompt in chosen])
                 placed = {
-                    objects.name: (objects, retrieve(objects, gallery_ND, hits_PN, protocol.aggregation))
+                    objects.name: (objects, retrieve(objects, gallery_ND, hits_PN, protocol.aggregation, frontal_P))
                     for objects in real
                 }
                 yield Placed(one.facts.name, shading, pool, hits_PN, placed)
@@ -138,7 +149,7 @@ def tabulate(
         azimuth=[curve for one in captioned for curve in _azimuth(one)],
         ranks=[_histogram(one) for one in captioned],
         confusions=[pair for one in captioned for pair in _confusions(one, chosen)],
-        variance=[_variance(one) for one in captioned],
+        variance=[_variance(one) for one in captioned if len(chosen) > 1],
         failures=[Failure(**miss) for miss in misses],
         published=published_rows(protocol),
         timings_s={},
@@ -159,7 +170,8 @@ def _picture_gallery(pictures: Objects, prompts: PromptSet) -> tuple[Gallery, np
 
 def _headline(placed: Sequence[Placed], records: Sequence[EvaluatorRecord], protocol: Protocol) -> Headline:
     """The first evaluator that shares nothing with the conditioner, in the protocol's gallery, in colour."""
-    fit = next((record for record in records if record.independence not in LEAKS), None)
+    fair = [record for record in records if record.independence not in LEAKS]
+    fit = next((record for record in fair if record.family != "test"), fair[0] if fair else None)
     if fit is None:
         shared = records[0].independence.removeprefix("same ")
         return Headline(
@@ -168,9 +180,18 @@ def _headline(placed: Sequence[Placed], records: Sequence[EvaluatorRecord], prot
         )
     mine = {one.gallery.name: one for one in placed if (one.evaluator, one.shading) == (fit.name, "colour")}
     chosen = mine.get(protocol.gallery.kind) or mine["prompts"]
+    if len(set(chosen.gallery.meanings)) == 1:
+        return Headline(reason="all captions of the gallery say the same, so that nothing can be told apart")
     everyone = np.ones(len(chosen.hits_PN), bool)
     score = metrics_of(chosen.generated, everyone)["r@1"]
-    reason = "" if fit.independence != "unknown" else "what the system was conditioned by was not declared"
+    reasons = []
+    if fit.family == "test":
+        reasons.append(f"{fit.name} is for dry runs: no number to quote")
+    if fit.independence == "unknown":
+        reasons.append("what the system was conditioned by was not declared")
+    if not _of_protocol(chosen.gallery, protocol):
+        reasons.append(f"the captions are not those of {protocol.name}, so it is not comparable with others by it")
+    reason = "; ".join(reasons)
     return Headline(evaluator=fit.name, shading="colour", gallery=chosen.gallery.name, **{"r@1": score}, reason=reason)
 
 
@@ -197,12 +218,11 @@ def _galleries(placed: Sequence[Placed], protocol: Protocol) -> list[GalleryReco
         gallery = one.gallery
         if gallery.name not in records:
             known = gallery.name == "prompts" and (rule.size, rule.captions_sha256) != (None, None)
-            fits = rule.size in (None, len(gallery.captions)) and rule.captions_sha256 in (None, gallery.hash)
             records[gallery.name] = GalleryRecord(
                 name=gallery.name,
                 size=len(gallery.captions),
                 hash=gallery.hash,
-                of_protocol=fits if known else None,
+                of_protocol=_of_protocol(gallery, protocol) if known else None,
                 most_retrieved={},
             )
         nearest = one.generated.nearest_PSV[one.generated.nearest_PSV >= 0]
@@ -210,6 +230,12 @@ def _galleries(placed: Sequence[Placed], protocol: Protocol) -> list[GalleryReco
             place, count = Counter(nearest.tolist()).most_common(1)[0]
             records[gallery.name].most_retrieved[one.evaluator] = (gallery.captions[place], count / len(nearest))
     return list(records.values())
+
+
+def _of_protocol(gallery: Gallery, protocol: Protocol) -> bool:
+    """Whether it is the gallery that the protocol asks for; of one that names none, any is."""
+    rule = protocol.gallery
+    return rule.size in (None, len(gallery.captions)) and rule.captions_sha256 in (None, gallery.hash)
 
 
 def _scores(one: Placed, masks: Mapping[str, np.ndarray]) -> Iterator[Score]:
@@ -274,12 +300,13 @@ def _histogram(one: Placed) -> RankHistogram:
 
 def _confusions(one: Placed, chosen: Sequence[Prompt]) -> list[Confusion]:
     """The captions that stand nearest to views of a prompt's objects instead of its own, the most frequent first."""
-    pairs: Counter[tuple[int, int]] = Counter()
+    shares: dict[tuple[int, int], float] = {}
     for place, nearest in enumerate(one.generated.nearest_PSV):
-        wrong = Counter(nearest[nearest >= 0].tolist())
-        pairs.update({(place, item): n for item, n in wrong.items() if not one.hits_PN[place, item]})
-    n_pictures = one.generated.nearest_PSV[0].size
-    listed = sorted(pairs.items(), key=lambda entry: (-entry[1], entry[0]))[:MOST_CONFUSIONS]
+        seen = nearest[nearest >= 0].tolist()
+        for item, count in Counter(seen).items():
+            if not one.hits_PN[place, item]:
+                shares[place, item] = count / len(seen)
+    listed = sorted(shares.items(), key=lambda entry: (-entry[1], entry[0]))[:MOST_CONFUSIONS]
     return [
         Confusion(
             evaluator=one.evaluator,
@@ -288,9 +315,9 @@ def _confusions(one: Placed, chosen: Sequence[Prompt]) -> list[Confusion]:
             prompt=chosen[place].id,
             text=chosen[place].text,
             caption=one.gallery.captions[item],
-            share=count / n_pictures,
+            share=share,
         )
-        for (place, item), count in listed
+        for (place, item), share in listed
     ]
 
 
@@ -309,8 +336,9 @@ def _notes(scored: Sequence[Scored], protocol: Protocol, found: Found, chosen: S
     for one in scored:
         if one.independence == "same architecture":
             yield f"{one.facts.name} has the conditioner's architecture with other weights"
-        if missing := set(protocol.shadings) - set(one.objects):
-            yield f"there is no {', '.join(sorted(missing))} score by {one.facts.name}: no object has such pictures"
+        for shading, rows in one.objects.items():
+            if not any(objects.name == "generated" for objects in rows):
+                yield f"there is no {shading} score by {one.facts.name}: not every object has such pictures"
     if protocol.gallery.kind == "hard" and not any(prompt.swaps for prompt in chosen):
         yield "the protocol asks for the hard gallery, but no caption has a swap: the gallery is the prompts"
     if not any(objects.name == "true renders" for one in scored for rows in one.objects.values() for objects in rows):

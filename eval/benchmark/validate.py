@@ -20,7 +20,7 @@ from .inputs import find_objects
 from .prompts import TEST_SPLITS, PromptSet, galleries, read_prompts
 from .protocol import Protocol, load_protocol
 from .renders import Limits
-from .sources import Source
+from .sources import MeshFile, Picture, Reading, Source
 
 __all__ = ["validate"]
 
@@ -49,9 +49,11 @@ def validate(
     _tell_tokens(console, found, rules, evaluators)
     if trained_on is not None:
         _tell_overlap(console, found, Path(trained_on))
-    if generated is None:
-        return 0
-    return int(_tell_objects(console, found, rules, Path(generated), seeds, workers))
+    wrong = _tell_controls(console, found, workers)
+    if generated is not None:
+        wrong |= _tell_objects(console, found, rules, Path(generated), seeds, workers)
+    console.print("not all is well: see above" if wrong else "all is well")
+    return int(wrong)
 
 
 def _tell_prompts(console: Console, found: PromptSet, protocol: Protocol) -> None:
@@ -150,7 +152,28 @@ def _tell_objects(
         f"{', '.join(map(str, objects.seeds[:8]))}{' …' if len(objects.seeds) > 8 else ''}"
     )
     _list(console, [name for name, source in units if source is None], "missing")
-    broken, by_content = [], defaultdict(list)
+    broken = _read_all(console, there, workers)
+    _list(console, objects.extra, "objects without a prompt; they are not scored")
+    _list(console, objects.unplaced, "files whose name is no seed; name them 0.glb, 1.glb …")
+    return broken or bool(objects.missing)
+
+
+def _tell_controls(console: Console, found: PromptSet, workers: int) -> bool:
+    """References and pictures of the prompts. Returns whether anything is wrong."""
+    named: list[tuple[str, Source]] = [
+        (f"reference of {p.id}", p.reference) for p in found.prompts if isinstance(p.reference, MeshFile)
+    ]
+    named += [(f"image of {p.id}", p.image) for p in found.prompts if isinstance(p.image, Picture)]
+    if named:
+        console.print(f"{len(named)} references and pictures of prompts")
+    return _read_all(console, named, workers)
+
+
+def _read_all(console: Console, there: Sequence[tuple[str, Source]], workers: int) -> bool:
+    """Read every object in worker processes and tell what is wrong. Returns whether anything is broken."""
+    if not there:
+        return False
+    broken, warned, by_content = [], [], defaultdict(list)
     checked = isolated_map(
         _check,
         [source for _, source in there],
@@ -161,31 +184,34 @@ def _tell_objects(
     )
     with Bar(len(there), "reading") as bar:
         for (name, _), result in zip(there, checked):
-            content, reason = ("", result.reason) if isinstance(result, Failed) else result
+            content, reason, warnings = ("", result.reason, []) if isinstance(result, Failed) else result
             by_content[content].append(name)
             if reason:
                 broken.append(f"{name}: {reason}")
+            if warnings:
+                warned.append(f"{name}: {warnings[0]}")
             bar.update(1)
     _list(console, broken, "empty or broken; they will count as misses")
+    _list(console, warned, "read without a part of what they name")
     twins = [", ".join(names) for content, names in by_content.items() if content and len(names) > 1]
     _list(console, twins, "objects of equal bytes")
-    _list(console, objects.extra, "objects without a prompt; they are not scored")
-    _list(console, objects.unplaced, "files whose name is no seed; name them 0.glb, 1.glb …")
-    wrong = bool(broken or objects.missing)
-    console.print("not all is well: see above" if wrong else "all is well")
-    return wrong
+    return bool(broken)
 
 
-def _check(source: Source) -> tuple[str, str]:
-    """Runs in a worker: a hash of the object's bytes, and what is wrong with it."""
-    content = sha256_json(source.key())
+def _check(source: Source) -> tuple[str, str, list[str]]:
+    """Runs in a worker: a hash of the object's bytes, what is wrong with it, and what was left out of it."""
+    content = ""
+    reading = Reading()
     try:
-        source.load()
+        content = sha256_json(source.key())
+        source.load(reading)
     except Rejected as rejected:
-        return content, rejected.reason
+        return content, rejected.reason, []
     except UserError as error:
-        return content, str(error)
-    return content, ""
+        return content, str(error), []
+    except OSError as error:
+        return content, f"it cannot be read ({error.strerror or error})", []
+    return content, "", reading.warnings
 
 
 def _list(console: Console, entries: Sequence[str], what: str) -> None:

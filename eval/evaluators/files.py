@@ -27,6 +27,7 @@ __all__ = [
     "cached",
     "find",
     "hub_tokenizer",
+    "published_config",
     "quick_gelu_mistake",
     "told_pretraining",
 ]
@@ -248,6 +249,13 @@ def _model_config(architecture: str) -> dict[str, Any] | None:
     import open_clip
 
     return open_clip.get_model_config(architecture)
+
+
+def published_config(name: str, tag: str) -> dict[str, Any] | None:
+    """open_clip's `model_cfg` of an architecture for which it knows weights of this tag; None where it does not."""
+    import open_clip
+
+    return _model_config(name) if tag and open_clip.get_pretrained_cfg(name, tag) else None
 
 
 def _like(architecture: str) -> str:

@@ -25,7 +25,7 @@ from ...errors import UserError
 from ...files import read_json, write_json
 from . import tiny_colours
 from .facts import Evaluator, EvaluatorFacts, independence, open_clip_architecture
-from .files import BUNDLED_JUDGE, CLIP_CONFIG, CLIP_WEIGHTS, JUDGE, Found, cached, find
+from .files import BUNDLED_JUDGE, CLIP_CONFIG, CLIP_WEIGHTS, JUDGE, Found, cached, find, published_config
 
 __all__ = [
     "PUBLISHED",
@@ -34,6 +34,7 @@ __all__ = [
     "Listed",
     "describe",
     "describe_conditioner",
+    "describe_declared",
     "independence",
     "list_evaluators",
     "open_evaluator",
@@ -86,6 +87,20 @@ def describe(source: str, *, memo: Path | None = None, allow_download: bool = Fa
     return replace(_remembered(memo, key, read), name=source)
 
 
+def describe_declared(source: str, *, memo: Path | None = None, allow_download: bool = False) -> EvaluatorFacts:
+    """As `describe`, of a CLIP that is only said to have conditioned a system: names of open_clip need no weights here.
+
+    Without them its architecture and pre-training are known, its weights are not.
+    """
+    try:
+        return describe(source, memo=memo, allow_download=allow_download)
+    except UserError:
+        facts = published_facts(source)
+        if facts is None:
+            raise
+        return facts
+
+
 def describe_conditioner(pipeline_folder: str | Path, *, memo: Path | None = None) -> EvaluatorFacts:
     """What the conditioner of a pipeline folder is, with one tower or both; for `independence`.
 
@@ -102,6 +117,30 @@ def describe_conditioner(pipeline_folder: str | Path, *, memo: Path | None = Non
         return conditioner_facts(str(folder), found), found
 
     return replace(_remembered(memo, f"conditioner {folder.resolve()}", read), name=str(folder))
+
+
+def published_facts(source: str) -> EvaluatorFacts | None:
+    """Of open_clip's NAME/PRETRAINED, without its weights; None for anything else."""
+    name, _, tag = source.partition("/")
+    config = published_config(name, tag)
+    if config is None:
+        return None
+    size = config["vision_cfg"].get("image_size", 224)
+    return EvaluatorFacts(
+        name=source,
+        source=source,
+        hash="",
+        weights="",
+        family="open_clip",
+        architecture=open_clip_architecture(config),
+        pretraining=tag,
+        image_size=size if isinstance(size, int) else size[0],
+        context_length=config["text_cfg"].get("context_length", 77),
+        mean=(),
+        std=(),
+        quick_gelu=config.get("quick_gelu"),
+        logit_scale=None,
+    )
 
 
 # --- the memo --------------------------------------------------------------------------------------------------------
