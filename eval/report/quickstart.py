@@ -246,7 +246,10 @@ def _curves(logs: Mapping[str, Path]) -> str:
         lines = _log_lines(Path(path))
         losses = [(line["time"] / 60, line["loss"]) for line in lines if "loss" in line]
         plots.append(line_plot({"loss": losses}, title=f"{name}: loss", log=True))
-        for metric in dict.fromkeys(key for line in lines for key in line if key.startswith("eval/")):
+        metrics = dict.fromkeys(
+            key for line in lines for key in line if key.startswith("eval/") and key != "eval/scored"
+        )
+        for metric in metrics:
             points = [(line["time"] / 60, line[metric]) for line in lines if metric in line]
             plots.append(line_plot({metric: points}, title=f"{name}: {metric.removeprefix('eval/')} (held out)"))
     cards = "".join(map(card, plots))
