@@ -1,6 +1,6 @@
 """Scoring a folder of GLBs by a CLIP of ViT-B/32's size: where the time goes, and what a second run takes.
 
-    python -m shapeloom.launch.bench.scoring ../shared/assets/pack    # 153 prompts, 4 seeds, 12 views: about 20 minutes
+    python -m shapeloom.launch.bench.scoring ../shared/assets/pack    # 153 prompts, 4 seeds, 12 views: about 14 minutes
 
 Each object is a GLB of the folder (as many as there are, then again with the bytes of their JSON changed, so that none
 is the cached one of another), named ID/SEED.glb for 153 captions. The CLIP has random weights: what it says is worth
