@@ -226,6 +226,14 @@ def test_captions_that_are_not_the_protocols_are_told_beside_the_number(world, t
     assert "dry runs" in results.headline.reason
 
 
+def test_the_bundled_judge_makes_no_headline_of_objects_it_does_not_know(world, perfect, tmp_path):
+    out, _ = perfect
+    results = score(world, tmp_path, evaluators=["judge", "tiny-colours"], cache_folder=out / "cache")
+    assert (
+        results.headline.evaluator == "judge" and "knows the procedural reference set alone" in results.headline.reason
+    )
+
+
 def test_a_broken_reference_is_told(world, tmp_path):
     (tmp_path / "cut.glb").write_bytes(b"glTF")
     lines = [{"id": name, "text": f"a {name} box", "reference": path}

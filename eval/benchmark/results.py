@@ -29,6 +29,7 @@ __all__ = ["print_results", "write_results"]
 
 SHEET_PROMPTS = 24
 WIDTH_IN_A_FILE = 150
+MOST_GROUPS = 6  # in a printed table
 
 
 def write_results(
@@ -174,11 +175,13 @@ def _retrieval(results: Results, evaluator: str, gallery: str) -> Table:
     cells: dict[tuple[str, str, str], Interval] = {
         (row.row, row.shading, row.group): row.metrics["r@1"] for row in chosen
     }
-    columns: list[tuple[str, str]] = list(
-        dict.fromkeys((row.shading, row.group) for row in chosen if row.shading == "colour")
-    )
+    sizes = {row.group: row.metrics["r@1"].prompts for row in chosen if row.row == "chance"}
+    largest = sorted(sizes, key=lambda group: -sizes[group])[:MOST_GROUPS]  # "all" is among them
+    columns = [("colour", group) for group in sizes if group in largest]
     columns += [(row.shading, row.group) for row in chosen if row.shading != "colour" and row.group == "all"][:1]
     title = f"R@1 by {evaluator} among {size} ({gallery}), percent with 95 % interval"
+    if len(sizes) > len(columns):
+        title += f"; {len(sizes) - len(columns)} smaller groups are in the report"
     table = Table(title=escape(title), title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
     for shading, group in columns:

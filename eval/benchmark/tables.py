@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from ...data_pipes import grammar
+from ...errors import UserError
 from ..environment import environment
+from ..evaluators.files import JUDGE
 from ..evaluators.registry import EvaluatorFacts
 from .inputs import Found
 from .prompts import Gallery, Prompt, PromptSet, galleries, groups
@@ -130,7 +133,7 @@ def tabulate(
     return Results(
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         partial=len(chosen) < len(prompts.prompts),
-        headline=_headline(placed, records, protocol),
+        headline=_headline(placed, records, protocol, chosen),
         protocol={**protocol.to_json(), "hash": protocol.hash},
         prompts={"source": prompts.source, "count": len(chosen), "of": len(prompts.prompts), "hash": prompts.hash},
         inputs={
@@ -168,10 +171,13 @@ def _picture_gallery(pictures: Objects, prompts: PromptSet) -> tuple[Gallery, np
     return gallery, gallery_ND
 
 
-def _headline(placed: Sequence[Placed], records: Sequence[EvaluatorRecord], protocol: Protocol) -> Headline:
+def _headline(
+    placed: Sequence[Placed], records: Sequence[EvaluatorRecord], protocol: Protocol, prompts: Sequence[Prompt]
+) -> Headline:
     """The first evaluator that shares nothing with the conditioner, in the protocol's gallery, in colour."""
     fair = [record for record in records if record.independence not in LEAKS]
-    fit = next((record for record in fair if record.family != "test"), fair[0] if fair else None)
+    able = [record for record in fair if record.family != "test" and (record.name != JUDGE or _procedural(prompts))]
+    fit = next(iter(able or fair), None)
     if fit is None:
         shared = records[0].independence.removeprefix("same ")
         return Headline(
@@ -187,12 +193,24 @@ def _headline(placed: Sequence[Placed], records: Sequence[EvaluatorRecord], prot
     reasons = []
     if fit.family == "test":
         reasons.append(f"{fit.name} is for dry runs: no number to quote")
+    if fit.name == JUDGE and not _procedural(prompts):
+        reasons.append(f"{JUDGE} knows the procedural reference set alone: no number to quote")
     if fit.independence == "unknown":
         reasons.append("what the system was conditioned by was not declared")
     if not _of_protocol(chosen.gallery, protocol):
         reasons.append(f"the captions are not those of {protocol.name}, so it is not comparable with others by it")
     reason = "; ".join(reasons)
     return Headline(evaluator=fit.name, shading="colour", gallery=chosen.gallery.name, **{"r@1": score}, reason=reason)
+
+
+def _procedural(prompts: Sequence[Prompt]) -> bool:
+    """Whether the grammar of the procedural set reads all of the captions."""
+    try:
+        for prompt in prompts:
+            grammar.parse(prompt.text)
+    except UserError:
+        return False
+    return True
 
 
 def _evaluator(one: Scored, chosen: Sequence[Prompt], protocol: Protocol) -> EvaluatorRecord:
