@@ -248,7 +248,7 @@ def test_features_are_as_encode_stores_them(tmp_path):
     """Of a preset with its own CLIP, and of the published one."""
     tiny = features_of("tiny")
     assert (tiny.text_tokens, tiny.text_width, tiny.pooled_width) == (20, 128, 128)
-    assert (tiny.image_tokens, tiny.image_width) == (4, 512)
+    assert (tiny.image_tokens, tiny.image_width) == (4, 256)
     with torch.device("meta"):
         assert tiny.autoencoder == Autoencoder(decoder_layers=0).num_parameters()
     assert 1_000_000 < tiny.clip < 5_000_000

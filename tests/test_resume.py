@@ -148,7 +148,7 @@ def test_killed_at_random_moments_it_ends_the_same(ranks):
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["same"] is True and result["kills"] == 2
+    assert result["same"] is True and result["kills"] >= 2  # one more where the last one comes just before the end
 
 
 def free_port() -> int:
