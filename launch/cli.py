@@ -164,6 +164,18 @@ def data_show(
     print(sheet_of_raw(raw, out or raw / "contact_sheet.png", count, split))
 
 
+@data_app.command("verify", epilog="Example: shapeloom data verify raw/")
+def data_verify(
+    raw: Annotated[Path, typer.Argument(metavar="RAW", help="A folder of raw or latent shards.")],
+) -> None:
+    """Check every byte and every sample of a folder of shards; says all that is wrong, and exits with 1 if anything."""
+    from ..data_pipes.verify import verify
+
+    verified = verify(raw)
+    print(verified)
+    raise typer.Exit(1 if verified.faults else 0)
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
