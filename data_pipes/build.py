@@ -31,6 +31,7 @@ from ..errors import UserError
 from ..files import read_json, sha256_json, write_atomic, write_json
 from ..progress import Bar
 from .captions import AssetText, caption_from_name, read_captions
+from .licences import LicenceFilter
 from .limits import Limits, Rejected
 from .read import SUFFIXES, read_mesh
 from .render import random_rig, render
@@ -124,6 +125,7 @@ class _Job:
     text: AssetText
     settings: BuildSettings
     limits: Limits
+    licences: LicenceFilter
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def build(
     *,
     limit: int | None = None,
     guard: Guard | None = None,
+    licences: LicenceFilter | None = None,
 ) -> BuildReport:
     """Make raw shards of all 3D files under a folder. Run again after an interruption, it goes on where it was.
 
@@ -150,11 +153,12 @@ def build(
             of file names.
         workers: processes, one thread each.
         limit: only so many files, chosen at random by `settings.seed`.
+        licences: files that it refuses are rejected, unread; all are taken by default.
     Raises: UserError for a missing or empty folder, a wrong captions file, an output folder that holds something
         else, or when not one file could be used.
     """
     folder, out = Path(folder), Path(out)
-    settings, guard = settings or BuildSettings(), guard or Guard()
+    settings, guard, licences = settings or BuildSettings(), guard or Guard(), licences or LicenceFilter()
     if workers < 1 or (limit is not None and limit < 1):
         raise UserError("workers and limit must be at least 1")
     files = _find(folder, out)
@@ -163,15 +167,26 @@ def build(
     if limit is not None and limit < len(files):
         chosen = np.random.default_rng(settings.seed).permutation(len(files))[:limit]
         files = [files[i] for i in sorted(chosen)]
-    begin_folder(out, format=RAW_FORMAT, settings=_identity(folder, files, texts, settings))
+    licences.check_given(text.licence for text in texts.values())
+    identity = _identity(folder, files, texts, settings, licences)
+    begin_folder(out, format=RAW_FORMAT, settings=identity)
     jobs = [
-        _Job(str(folder / file), str(folder), file, uids[file], texts.get(file, AssetText()), settings, guard.limits)
+        _Job(
+            str(folder / file),
+            str(folder),
+            file,
+            uids[file],
+            texts.get(file, AssetText()),
+            settings,
+            guard.limits,
+            licences,
+        )
         for file in files
     ]
     chunks = [jobs[start : start + settings.shard_size] for start in range(0, len(jobs), settings.shard_size)]
     parts, kept, seconds = _make_shards(out, chunks, workers, guard)
     report = _report(parts, kept, seconds, workers)
-    _write_summary(out, parts, report, _identity(folder, files, texts, settings))
+    _write_summary(out, parts, report, identity)
     if not report.samples:
         first = report.rejected[0]
         raise UserError(
@@ -214,13 +229,16 @@ def _uids(files: list[str]) -> dict[str, str]:
     return {file: unique(file, uid) for file, uid in plain.items()}
 
 
-def _identity(folder: Path, files: list[str], texts: dict[str, AssetText], settings: BuildSettings) -> dict[str, Any]:
+def _identity(
+    folder: Path, files: list[str], texts: dict[str, AssetText], settings: BuildSettings, licences: LicenceFilter
+) -> dict[str, Any]:
     """Everything the bytes depend on; files by name and size, since hashing them all would read them twice."""
     listing = [(file, (folder / file).stat().st_size, asdict(texts.get(file, AssetText()))) for file in files]
     return {
         "maker": "data build",
         "recipe": RECIPE,
         **settings.model_dump(),
+        **({"licences": licences.identity()} if licences else {}),
         "dataset": f"{len(files)} files {sha256_json(listing)[:16]}",
     }
 
@@ -230,6 +248,8 @@ def _identity(folder: Path, files: list[str], texts: dict[str, AssetText], setti
 
 def _build_asset(job: _Job) -> _Built | Rejected:
     """Runs in a worker."""
+    if refusal := job.licences.refusal(job.text.licence):
+        return refusal
     warnings: list[str] = []
     try:
         mesh = read_mesh(job.path, job.limits, root=job.root, warnings=warnings)

@@ -136,6 +136,10 @@ def data_build(
             show_default="captions are made of the file names",
         ),
     ] = None,
+    licence: Annotated[
+        list[str] | None,
+        typer.Option(help="allow=CC0-1.0,CC-BY-4.0: these alone. deny=CC-BY-NC-4.0: all but these."),
+    ] = None,
     workers: Workers = CORES,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use only so many files.", show_default="all of them")
@@ -146,9 +150,11 @@ def data_build(
     """Turn a folder of 3D files into raw shards; what cannot be used is in OUT/rejected.jsonl with the reason."""
     from ..config import load_config
     from ..data_pipes.build import BuildSettings, build
+    from ..data_pipes.licences import LicenceFilter
 
     settings = load_config(BuildSettings, preset, "build", overrides=overrides or [])
-    print(build(folder, out, captions=captions, settings=settings, workers=workers, limit=limit))
+    licences = LicenceFilter.parse(licence or [])
+    print(build(folder, out, captions, settings, workers, limit=limit, licences=licences))
 
 
 @data_app.command("show", epilog="Example: shapeloom data show raw/ --count 24")
