@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..errors import UserError
 from ..files import read_json, sha256_json, write_atomic, write_json
 from ..progress import Bar
-from .captions import AssetText, caption_from_name, read_captions
+from .captions import AssetText, caption_from_name, count_repeated, read_captions
 from .licences import LicenceFilter
 from .limits import Limits, Rejected
 from .read import SUFFIXES, read_mesh
@@ -88,6 +88,7 @@ class BuildReport:
     samples: int
     splits: dict[str, int]
     captions_from_names: int
+    repeated_captions: int
     warnings: int
     rejected: list[dict[str, str]]
     kept_shards: int
@@ -105,6 +106,8 @@ class BuildReport:
             lines.append(
                 f"{self.captions_from_names} captions were made of file names: give --captions for better ones"
             )
+        if self.repeated_captions:
+            lines.append(f"{self.repeated_captions} captions have the same words as another, so tell nothing apart")
         if self.warnings:
             lines.append(f"{self.warnings} files lost a texture or the like: see 'warnings' in their json")
         lines += [f"rejected: {count} because {reason}" for reason, count in self.rejected_by_reason().items()]
@@ -149,8 +152,8 @@ def build(
     """Make raw shards of all 3D files under a folder. Run again after an interruption, it goes on where it was.
 
     Args:
-        captions: a captions file (see captions.py); without one, or for files that it leaves out, captions are made
-            of file names.
+        captions: a captions file, CSV or JSONL (see captions.py); without one, or for files that it leaves out,
+            captions are made of file names.
         workers: processes, one thread each.
         limit: only so many files, chosen at random by `settings.seed`.
         licences: files that it refuses are rejected, unread; all are taken by default.
@@ -185,7 +188,7 @@ def build(
     ]
     chunks = [jobs[start : start + settings.shard_size] for start in range(0, len(jobs), settings.shard_size)]
     parts, kept, seconds = _make_shards(out, chunks, workers, guard)
-    report = _report(parts, kept, seconds, workers)
+    report = _report(parts, kept, seconds, workers, texts)
     _write_summary(out, parts, report, identity)
     if not report.samples:
         first = report.rejected[0]
@@ -267,7 +270,7 @@ def _build_asset(job: _Job) -> _Built | Rejected:
     sha256 = hashlib.sha256(Path(job.path).read_bytes()).hexdigest()
     members = encode_raw_sample(
         job.uid,
-        captions=list(job.text.captions) or [caption_from_name(job.file)],
+        captions=_captions(job.file, job.text),
         category=job.text.category,
         source=job.text.source or job.file,
         licence=job.text.licence,
@@ -293,6 +296,10 @@ def _build_asset(job: _Job) -> _Built | Rejected:
         },
     )
     return _Built(members, sha256, len(warnings))
+
+
+def _captions(file: str, text: AssetText) -> list[str]:
+    return list(text.captions) or [caption_from_name(file)]
 
 
 def _key(seed: int, uid: str) -> int:
@@ -379,7 +386,9 @@ def _finished_part(out: Path, k: int) -> dict[str, Any] | None:
     return part | {"shard": info} if isinstance(part, dict) and len(part.get("samples", [])) == info.samples else None
 
 
-def _report(parts: list[dict[str, Any]], kept: int, seconds: float, workers: int) -> BuildReport:
+def _report(
+    parts: list[dict[str, Any]], kept: int, seconds: float, workers: int, texts: dict[str, AssetText]
+) -> BuildReport:
     rows = [row for part in parts for row in part["samples"]]
     rejected = [entry for part in parts for entry in part["rejected"]]
     made = sum(len(part["samples"]) + len(part["rejected"]) for part in parts[kept:])
@@ -388,6 +397,9 @@ def _report(parts: list[dict[str, Any]], kept: int, seconds: float, workers: int
         samples=len(rows),
         splits=dict(Counter(split_of(row["uid"]) for row in rows)),
         captions_from_names=sum(row["captions_from_name"] for row in rows),
+        repeated_captions=count_repeated(
+            caption for row in rows for caption in _captions(row["file"], texts.get(row["file"], AssetText()))
+        ),
         warnings=sum(row["warnings"] > 0 for row in rows),
         rejected=rejected,
         kept_shards=kept,

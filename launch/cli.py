@@ -132,7 +132,8 @@ def data_build(
     captions: Annotated[
         Path | None,
         typer.Option(
-            help="CSV with the columns file and caption (and caption_2 ..., category, licence, author).",
+            help="CSV with the columns file and caption (and caption_2 ..., category, licence, author, source); or "
+            "JSONL with the keys file and captions (and the like).",
             show_default="captions are made of the file names",
         ),
     ] = None,
