@@ -22,7 +22,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,23 +121,41 @@ class ShardWriter:
             self._append(b"\0" * (-len(data) % _BLOCK))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+        try:
             if kind is None:
                 self._append(b"\0" * (2 * _BLOCK))
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            self._file.close()
+                with self._naming_the_shard():
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+        except BaseException:
+            self._discard()
+            raise
         if kind is not None:
-            self._aside.unlink(missing_ok=True)
+            self._discard()
             return
+        self._file.close()
         index_path(self.path).unlink(missing_ok=True)  # never an index beside a tar it does not describe
         os.replace(self._aside, self.path)
         self.info = ShardInfo(self.path.name, len(self._members), self._size, self._sha256.hexdigest())
         index = {**asdict(self.info), "splits": self._splits, "members": self._members}
         write_atomic(index_path(self.path), json.dumps(index, separators=(",", ":")))  # in the order written
 
+    @contextlib.contextmanager
+    def _naming_the_shard(self) -> Iterator[None]:
+        """A full disk does not say by itself which file it is that does not fit."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError):  # on a full disk, closing tries once more to write what is buffered
+            self._file.close()
+        self._aside.unlink(missing_ok=True)
+
     def _append(self, data: bytes) -> None:
-        self._file.write(data)
+        with self._naming_the_shard():
+            self._file.write(data)
         self._sha256.update(data)
         self._size += len(data)
 
@@ -219,6 +237,8 @@ def write_manifest(
 
 def _first_difference(old: Any, new: dict[str, Any]) -> str:
     old = old if isinstance(old, dict) else {}
+    if old.get("maker") != new.get("maker"):
+        return "by another command"
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             if key.endswith("_hash"):
