@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import tokenize
 import zipfile
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
 
 NORMAL_SCALE = 127.0
 
-# What NumPy and zipfile raise for bytes that were changed; RuntimeError where the bit says "encrypted", MemoryError
-# where a shape became huge.
-_NPZ_ERRORS = (
+# What NumPy and zipfile raise for bytes that were changed: RuntimeError where the bit says "encrypted", MemoryError
+# where a shape became huge, the tokenizer's own error where a header is no longer a Python literal.
+ARRAY_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
     ValueError,
@@ -42,6 +43,7 @@ _NPZ_ERRORS = (
     KeyError,
     TypeError,
     SyntaxError,
+    tokenize.TokenError,
     RuntimeError,
     MemoryError,
 )
@@ -60,7 +62,7 @@ def decode_npz(data: bytes, what: str) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except _NPZ_ERRORS as error:
+    except ARRAY_ERRORS as error:
         raise UserError(f"{what} is damaged ({error}): delete its shard and build it again") from None
 
 

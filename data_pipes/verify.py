@@ -24,7 +24,7 @@ from ..files import read_json, sha256_file, sha256_json
 from ..models.cameras import Cameras
 from ..progress import Bar
 from .index import INDEX, Index
-from .raw_sample import decode_depth, decode_field, decode_json, decode_npz, decode_surface, decode_webp
+from .raw_sample import ARRAY_ERRORS, decode_depth, decode_field, decode_json, decode_npz, decode_surface, decode_webp
 from .shards import LATENT_FORMAT, MANIFEST, RAW_FORMAT, SPLITS, index_path
 
 __all__ = ["Verified", "verify"]
@@ -258,6 +258,8 @@ def _sample_faults(path: Path, uid: str, places: dict[str, tuple[int, int]], spl
                 decoded[suffix] = _decode(suffix, members[suffix], f"{path.name}, {uid}.{suffix} at byte {offset}")
             except UserError as error:
                 yield str(error)
+    if len(decoded) < len(places):
+        return  # what is left may well seem to misfit
     for suffix, fault in _misfits(decoded, uid, split):
         yield f"{path.name}, {uid}.{suffix} at byte {places[suffix][0]}: {fault}"
 
@@ -284,7 +286,7 @@ def _decode(suffix: str, data: bytes, what: str) -> Any:
     if suffix.endswith(".npy"):
         try:
             return np.load(io.BytesIO(data), allow_pickle=False)
-        except (ValueError, EOFError, OSError, SyntaxError, MemoryError) as error:
+        except ARRAY_ERRORS as error:
             raise UserError(f"{what} is damaged ({error}): delete its shard and build it again") from None
     return data
 
@@ -311,9 +313,12 @@ def _misfits(decoded: dict[str, Any], uid: str, split: str) -> Iterator[tuple[st
         return
     wanted_HW = (cameras.height, cameras.width)
     for start in ("view_", "lit_"):
-        names = [suffix for suffix in decoded if suffix.startswith(start)]
-        if names and any(decoded[name].shape[:2] != wanted_HW for name in names):
-            yield names[0], f"its size or another's is not that of the cameras, {wanted_HW[1]} x {wanted_HW[0]}"
+        pictures = {name: value for name, value in decoded.items() if name.startswith(start)}
+        for name, value in pictures.items():
+            if np.shape(value)[:2] != wanted_HW:
+                yield name, f"it is {list(np.shape(value)[:2])}, its cameras say {list(wanted_HW)}"
+        if pictures and len(pictures) != len(cameras):
+            yield "cameras.json", f"there are {len(cameras)} cameras for {len(pictures)} pictures {start}…"
     depth_VHW = decoded.get("depth.npz")
     if depth_VHW is not None and depth_VHW.shape != (len(cameras), *wanted_HW):
         yield "depth.npz", f"it is {list(depth_VHW.shape)}, its cameras say {[len(cameras), *wanted_HW]}"

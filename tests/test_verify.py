@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from shapeloom.data_pipes.index import INDEX
 from shapeloom.data_pipes.latents import LatentSample, encode_latent_sample
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
-from shapeloom.data_pipes.raw_sample import encode_npz
+from shapeloom.data_pipes.raw_sample import encode_npz, encode_webp
 from shapeloom.data_pipes.shards import LATENT_FORMAT, MANIFEST, ShardFolder, ShardWriter, begin_folder, write_manifest
 from shapeloom.data_pipes.verify import verify
 from shapeloom.errors import UserError
@@ -133,6 +133,28 @@ def test_any_flipped_bit_is_told_of_its_shard_and_raises_nothing(raw: Path, whol
     assert located > 100  # the rest are within what a picture or a json may hold
 
 
+@pytest.mark.parametrize("name", [MANIFEST, INDEX, "shard-00002.index.json"])
+def test_any_flipped_bit_beside_the_shards_raises_nothing_else(raw: Path, whole: dict[str, bytes], name: str) -> None:
+    rng = np.random.default_rng(1)
+    path, told = raw / name, 0
+    for offset, bit in zip(rng.integers(0, len(whole[name]), 60), rng.integers(0, 8, 60)):
+        flip(path, int(offset), int(bit))
+        try:
+            told += bool(verify(raw).faults)
+        except UserError:  # no longer the manifest of a folder of shards
+            assert name == MANIFEST
+            told += 1
+        path.write_bytes(whole[name])
+    assert told >= (50 if name == MANIFEST else 59)  # the manifest has words for people, which nothing depends on
+
+
+def test_a_folder_index_whose_header_is_no_python_is_passed_over(raw: Path, whole: dict[str, bytes]) -> None:
+    at = whole[INDEX].index(b"}", whole[INDEX].index(b"'shape'"))
+    flip(raw / INDEX, at, 3)  # "}" to "u", which the tokenizer does not survive
+    assert verify(raw).faults == (f"{INDEX}: it is missing or damaged; delete it, the shards' own indices will serve",)
+    assert len(ShardFolder(raw)) == 5
+
+
 def test_headers_padding_and_the_end_of_the_tar(raw: Path) -> None:
     shard = raw / "shard-00000.tar"
     uid, at, size = place(raw, 0, 0, "json")
@@ -184,6 +206,8 @@ def test_members_that_decode_but_cannot_be_right(raw: Path, tmp_path: Path) -> N
     members[0]["field.npz"] = encode_npz(**arrays | {"sdf": arrays["sdf"][:-1]})
     members[1]["field.npz"] = encode_npz(**arrays | {"sdf": np.full_like(arrays["sdf"], np.nan)})
     members[1]["depth.npz"] = encode_npz(depth=np.zeros((1, 16, 16), np.uint16), scale=np.float32(1))
+    members[1]["lit_01.webp"] = encode_webp(np.zeros((8, 8, 4), np.uint8))
+    del members[1]["view_00.webp"]
     members[1]["json"] = b'{"uid":"other","captions":"a"}'
     out = tmp_path / "other"
     begin_folder(out, format="shapeloom-raw/1", settings={})
@@ -193,9 +217,17 @@ def test_members_that_decode_but_cannot_be_right(raw: Path, tmp_path: Path) -> N
     assert writer.info is not None
     write_manifest(out, format="shapeloom-raw/1", settings={}, shards=[writer.info], counts={"samples": 2})
     faults = verify(out).faults
-    for said in ("u0.field.npz", "arrays differ in length", "its sdf is not finite", "its uid is 'other'", "u1.depth"):
+    for said in (
+        "u0.field.npz",
+        "arrays differ in length",
+        "its sdf is not finite",
+        "its uid is 'other'",
+        "u1.depth",
+        "u1.lit_01.webp",
+        "1 pictures",
+    ):
         assert any(said in fault for fault in faults), said
-    assert any("captions must be a list of texts" in fault for fault in faults) and len(faults) == 5
+    assert any("captions must be a list of texts" in fault for fault in faults) and len(faults) == 7
 
     latents = write_latents(tmp_path / "latents", [np.ones((2, 3)), np.full((2, 3), np.nan)])
     (fault,) = verify(latents).faults
