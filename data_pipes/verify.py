@@ -1,8 +1,8 @@
 """`shapeloom data verify`: everything that can be wrong with a folder of shards, found and told without stopping.
 
-A shard is compared with its sha256, its members with the tar around them and with what their decoders and the other
-members of the sample say. So a flipped bit is told by the shard in any case, and by the sample and the byte wherever
-the bit lies in something that has a checksum or a fixed form: npz, headers, padding, most of a picture or a json.
+A shard is compared with its sha256, a sample with its CRC-32, its members with the tar around them and with what their
+decoders and the other members say. So a flipped bit is told by the shard and by the sample, and by the byte where its
+member no longer decodes. Shards from before there was a CRC-32 have but the sha256 for a picture that still decodes.
 
 N points, V views of H x W, L latent tokens, K captions.
 """
@@ -25,7 +25,7 @@ from ..models.cameras import Cameras
 from ..progress import Bar
 from .index import INDEX, Index
 from .raw_sample import ARRAY_ERRORS, decode_depth, decode_field, decode_json, decode_npz, decode_surface, decode_webp
-from .shards import LATENT_FORMAT, MANIFEST, RAW_FORMAT, SPLITS, index_path
+from .shards import LATENT_FORMAT, MANIFEST, RAW_FORMAT, SPLITS, crc32, index_path
 
 __all__ = ["Verified", "verify"]
 
@@ -80,8 +80,9 @@ def verify(folder: str | Path) -> Verified:
             faults += _shard_faults(path, shard, contents["members"])
             if whole is not None and not _agrees(whole, start, index):
                 faults.append(f"{INDEX}: it does not agree with {index_path(path).name}; delete it, those will serve")
+            crcs = contents.get("crc32", {})
             for uid, places in contents["members"].items():
-                faults += _sample_faults(path, uid, places, contents["splits"][uid])
+                faults += _sample_faults(path, uid, places, contents["splits"][uid], crcs.get(uid))
                 splits[contents["splits"][uid]] += 1
                 bar.update(1)
             uids.append(index.uid)
@@ -179,6 +180,8 @@ def _shard_index(path: Path, shard: dict[str, Any]) -> tuple[dict[str, Any], Ind
     try:
         index = Index.of_shard(contents)
         same = all(contents[key] == shard[key] for key in ("name", "samples", "bytes", "sha256"))
+        if contents.get("crc32", contents["members"]).keys() != contents["members"].keys():
+            raise ValueError("crc32 is not of these samples")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{name}: it is damaged ({error!r}), delete it and build the shard again") from None
     if not same or len(index) != shard["samples"] or (index.place < 0).any():
@@ -244,7 +247,9 @@ def _in_order(members: dict[str, dict[str, tuple[int, int]]]) -> Iterator[tuple[
 # --------------------------------------------------------------------------------------------------------- a sample
 
 
-def _sample_faults(path: Path, uid: str, places: dict[str, tuple[int, int]], split: str) -> Iterator[str]:
+def _sample_faults(
+    path: Path, uid: str, places: dict[str, tuple[int, int]], split: str, wanted_crc: int | None
+) -> Iterator[str]:
     """What cannot be decoded, and what does not fit the rest of the sample. Members beyond a cut are left out."""
     try:
         with open(path, "rb") as file:
@@ -260,6 +265,9 @@ def _sample_faults(path: Path, uid: str, places: dict[str, tuple[int, int]], spl
                 yield str(error)
     if len(decoded) < len(places):
         return  # what is left may well seem to misfit
+    if places and wanted_crc is not None and crc32(members.values()) != wanted_crc:
+        first, end = min(places.values())[0], sum(max(places.values()))
+        yield f"{path.name}, {uid}: bytes {first} to {end} still decode, but are not what was written (CRC-32)"
     for suffix, fault in _misfits(decoded, uid, split):
         yield f"{path.name}, {uid}.{suffix} at byte {places[suffix][0]}: {fault}"
 
