@@ -30,7 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..errors import UserError
 from ..files import read_json, sha256_json, write_atomic, write_json
 from ..progress import Bar
-from .captions import AssetText, caption_from_name, read_captions
+from .captions import AssetText, caption_from_name, count_repeated, read_captions
+from .licences import LicenceFilter
 from .limits import Limits, Rejected
 from .read import SUFFIXES, read_mesh
 from .render import random_rig, render
@@ -87,6 +88,7 @@ class BuildReport:
     samples: int
     splits: dict[str, int]
     captions_from_names: int
+    repeated_captions: int
     warnings: int
     rejected: list[dict[str, str]]
     kept_shards: int
@@ -104,6 +106,8 @@ class BuildReport:
             lines.append(
                 f"{self.captions_from_names} captions were made of file names: give --captions for better ones"
             )
+        if self.repeated_captions:
+            lines.append(f"{self.repeated_captions} captions have the same words as another, so tell nothing apart")
         if self.warnings:
             lines.append(f"{self.warnings} files lost a texture or the like: see 'warnings' in their json")
         lines += [f"rejected: {count} because {reason}" for reason, count in self.rejected_by_reason().items()]
@@ -124,6 +128,7 @@ class _Job:
     text: AssetText
     settings: BuildSettings
     limits: Limits
+    licences: LicenceFilter
 
 
 @dataclass(frozen=True)
@@ -142,19 +147,21 @@ def build(
     *,
     limit: int | None = None,
     guard: Guard | None = None,
+    licences: LicenceFilter | None = None,
 ) -> BuildReport:
     """Make raw shards of all 3D files under a folder. Run again after an interruption, it goes on where it was.
 
     Args:
-        captions: a captions file (see captions.py); without one, or for files that it leaves out, captions are made
-            of file names.
+        captions: a captions file, CSV or JSONL (see captions.py); without one, or for files that it leaves out,
+            captions are made of file names.
         workers: processes, one thread each.
         limit: only so many files, chosen at random by `settings.seed`.
+        licences: files that it refuses are rejected, unread; all are taken by default.
     Raises: UserError for a missing or empty folder, a wrong captions file, an output folder that holds something
         else, or when not one file could be used.
     """
     folder, out = Path(folder), Path(out)
-    settings, guard = settings or BuildSettings(), guard or Guard()
+    settings, guard, licences = settings or BuildSettings(), guard or Guard(), licences or LicenceFilter()
     if workers < 1 or (limit is not None and limit < 1):
         raise UserError("workers and limit must be at least 1")
     files = _find(folder, out)
@@ -163,15 +170,26 @@ def build(
     if limit is not None and limit < len(files):
         chosen = np.random.default_rng(settings.seed).permutation(len(files))[:limit]
         files = [files[i] for i in sorted(chosen)]
-    begin_folder(out, format=RAW_FORMAT, settings=_identity(folder, files, texts, settings))
+    licences.check_given(text.licence for text in texts.values())
+    identity = _identity(folder, files, texts, settings, licences)
+    begin_folder(out, format=RAW_FORMAT, settings=identity)
     jobs = [
-        _Job(str(folder / file), str(folder), file, uids[file], texts.get(file, AssetText()), settings, guard.limits)
+        _Job(
+            str(folder / file),
+            str(folder),
+            file,
+            uids[file],
+            texts.get(file, AssetText()),
+            settings,
+            guard.limits,
+            licences,
+        )
         for file in files
     ]
     chunks = [jobs[start : start + settings.shard_size] for start in range(0, len(jobs), settings.shard_size)]
     parts, kept, seconds = _make_shards(out, chunks, workers, guard)
-    report = _report(parts, kept, seconds, workers)
-    _write_summary(out, parts, report, _identity(folder, files, texts, settings))
+    report = _report(parts, kept, seconds, workers, texts)
+    _write_summary(out, parts, report, identity)
     if not report.samples:
         first = report.rejected[0]
         raise UserError(
@@ -214,13 +232,16 @@ def _uids(files: list[str]) -> dict[str, str]:
     return {file: unique(file, uid) for file, uid in plain.items()}
 
 
-def _identity(folder: Path, files: list[str], texts: dict[str, AssetText], settings: BuildSettings) -> dict[str, Any]:
+def _identity(
+    folder: Path, files: list[str], texts: dict[str, AssetText], settings: BuildSettings, licences: LicenceFilter
+) -> dict[str, Any]:
     """Everything the bytes depend on; files by name and size, since hashing them all would read them twice."""
     listing = [(file, (folder / file).stat().st_size, asdict(texts.get(file, AssetText()))) for file in files]
     return {
         "maker": "data build",
         "recipe": RECIPE,
         **settings.model_dump(),
+        **({"licences": licences.identity()} if licences else {}),
         "dataset": f"{len(files)} files {sha256_json(listing)[:16]}",
     }
 
@@ -230,6 +251,8 @@ def _identity(folder: Path, files: list[str], texts: dict[str, AssetText], setti
 
 def _build_asset(job: _Job) -> _Built | Rejected:
     """Runs in a worker."""
+    if refusal := job.licences.refusal(job.text.licence):
+        return refusal
     warnings: list[str] = []
     try:
         mesh = read_mesh(job.path, job.limits, root=job.root, warnings=warnings)
@@ -247,7 +270,7 @@ def _build_asset(job: _Job) -> _Built | Rejected:
     sha256 = hashlib.sha256(Path(job.path).read_bytes()).hexdigest()
     members = encode_raw_sample(
         job.uid,
-        captions=list(job.text.captions) or [caption_from_name(job.file)],
+        captions=_captions(job.file, job.text),
         category=job.text.category,
         source=job.text.source or job.file,
         licence=job.text.licence,
@@ -273,6 +296,10 @@ def _build_asset(job: _Job) -> _Built | Rejected:
         },
     )
     return _Built(members, sha256, len(warnings))
+
+
+def _captions(file: str, text: AssetText) -> list[str]:
+    return list(text.captions) or [caption_from_name(file)]
 
 
 def _key(seed: int, uid: str) -> int:
@@ -359,7 +386,9 @@ def _finished_part(out: Path, k: int) -> dict[str, Any] | None:
     return part | {"shard": info} if isinstance(part, dict) and len(part.get("samples", [])) == info.samples else None
 
 
-def _report(parts: list[dict[str, Any]], kept: int, seconds: float, workers: int) -> BuildReport:
+def _report(
+    parts: list[dict[str, Any]], kept: int, seconds: float, workers: int, texts: dict[str, AssetText]
+) -> BuildReport:
     rows = [row for part in parts for row in part["samples"]]
     rejected = [entry for part in parts for entry in part["rejected"]]
     made = sum(len(part["samples"]) + len(part["rejected"]) for part in parts[kept:])
@@ -368,6 +397,9 @@ def _report(parts: list[dict[str, Any]], kept: int, seconds: float, workers: int
         samples=len(rows),
         splits=dict(Counter(split_of(row["uid"]) for row in rows)),
         captions_from_names=sum(row["captions_from_name"] for row in rows),
+        repeated_captions=count_repeated(
+            caption for row in rows for caption in _captions(row["file"], texts.get(row["file"], AssetText()))
+        ),
         warnings=sum(row["warnings"] > 0 for row in rows),
         rejected=rejected,
         kept_shards=kept,

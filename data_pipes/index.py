@@ -15,6 +15,7 @@ shards' own index.json, which remain the truth, take 15 s and 2 GB of Python obj
 from __future__ import annotations
 
 import io
+import tokenize
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,7 +131,10 @@ def _mapped(file: BinaryIO) -> np.ndarray:
     """The array that begins here, mapped; `file` is then at its end."""
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not a column")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    try:
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except (SyntaxError, tokenize.TokenError) as error:  # not always NumPy's own ValueError
+        raise ValueError("not a column") from error
     start = file.tell()
     array = np.memmap(file, dtype, "r", start, shape) if np.prod(shape) else np.zeros(shape, dtype)
     file.seek(start + array.nbytes)

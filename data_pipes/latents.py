@@ -30,7 +30,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import canonical_json
-from .raw_sample import decode_json, decode_npz, encode_npz
+from .raw_sample import ARRAY_ERRORS, decode_json, decode_npz, encode_npz
 from .shards import LATENT_FORMAT, ShardFolder
 
 __all__ = ["LatentDataset", "LatentSample", "LatentSums", "encode_latent_sample"]
@@ -160,7 +160,7 @@ class LatentDataset:
     def _latent(self, uid: str, members: dict[str, bytes]) -> np.ndarray:
         try:
             return np.load(io.BytesIO(members["latent.npy"]), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+        except ARRAY_ERRORS as error:
             raise UserError(f"{self.shards.folder}: {uid}.latent.npy is damaged ({error}); encode again") from None
 
 

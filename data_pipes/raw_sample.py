@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import io
 import json
+import tokenize
 import zipfile
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +32,22 @@ if TYPE_CHECKING:
 
 NORMAL_SCALE = 127.0
 
+# What NumPy and zipfile raise for bytes that were changed: RuntimeError where the bit says "encrypted", MemoryError
+# where a shape became huge, the tokenizer's own error where a header is no longer a Python literal.
+ARRAY_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    ValueError,
+    EOFError,
+    OSError,
+    KeyError,
+    TypeError,
+    SyntaxError,
+    tokenize.TokenError,
+    RuntimeError,
+    MemoryError,
+)
+
 
 def encode_npz(*, compressed: bool = False, **arrays: np.ndarray) -> bytes:
     """Arrays as npz bytes; NumPy stamps the members 1980, so equal arrays give equal bytes."""
@@ -44,7 +62,7 @@ def decode_npz(data: bytes, what: str) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, KeyError, NotImplementedError) as error:
+    except ARRAY_ERRORS as error:
         raise UserError(f"{what} is damaged ({error}): delete its shard and build it again") from None
 
 

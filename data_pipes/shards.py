@@ -4,7 +4,7 @@ A folder of shards holds
 
     manifest.json             format, settings and their hash, shard list with sha256, counts
     shard-00000.tar           members {uid}.{suffix}, read in order by plain `webdataset`
-    shard-00000.index.json    where each member lies, so that one sample is one seek away
+    shard-00000.index.json    where each member lies, so that one sample is one seek away, and each sample's CRC-32
     index.bin                 all of these in a form that opens at once (index.py)
 
 A shard counts as finished once its index exists: the tar is renamed into place first, the index last. The manifest
@@ -22,7 +22,8 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Collection, Iterable
+import zlib
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,14 @@ def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name.removesuffix(".tar") + ".index.json")
 
 
+def crc32(parts: Iterable[bytes]) -> int:
+    """Of the parts joined: by it a damaged sample is found in its shard."""
+    value = 0
+    for part in parts:
+        value = zlib.crc32(part, value)
+    return value
+
+
 class ShardWriter:
     """Writes one shard: aside first, renamed when the block ends without an exception.
 
@@ -96,6 +105,7 @@ class ShardWriter:
         self._aside = self.path.with_name(f"{self.path.name}{ASIDE}{os.getpid()}")
         self._members: dict[str, dict[str, tuple[int, int]]] = {}
         self._splits: dict[str, str] = {}
+        self._crc32: dict[str, int] = {}
         self._sha256 = hashlib.sha256()
         self._size = 0
 
@@ -111,7 +121,7 @@ class ShardWriter:
         if uid in self._members:
             raise ValueError(f"uid {uid!r} is written twice into {self.path.name}")
         places = self._members[uid] = {}
-        self._splits[uid] = split
+        self._splits[uid], self._crc32[uid] = split, crc32(members.values())
         for suffix, data in members.items():
             header = tarfile.TarInfo(f"{uid}.{suffix}")  # owner, time and mode keep their fixed defaults
             header.size = len(data)
@@ -121,23 +131,41 @@ class ShardWriter:
             self._append(b"\0" * (-len(data) % _BLOCK))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+        try:
             if kind is None:
                 self._append(b"\0" * (2 * _BLOCK))
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            self._file.close()
+                with self._naming_the_shard():
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+        except BaseException:
+            self._discard()
+            raise
         if kind is not None:
-            self._aside.unlink(missing_ok=True)
+            self._discard()
             return
+        self._file.close()
         index_path(self.path).unlink(missing_ok=True)  # never an index beside a tar it does not describe
         os.replace(self._aside, self.path)
         self.info = ShardInfo(self.path.name, len(self._members), self._size, self._sha256.hexdigest())
-        index = {**asdict(self.info), "splits": self._splits, "members": self._members}
+        index = {**asdict(self.info), "splits": self._splits, "crc32": self._crc32, "members": self._members}
         write_atomic(index_path(self.path), json.dumps(index, separators=(",", ":")))  # in the order written
 
+    @contextlib.contextmanager
+    def _naming_the_shard(self) -> Iterator[None]:
+        """A full disk does not say by itself which file it is that does not fit."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError):  # on a full disk, closing tries once more to write what is buffered
+            self._file.close()
+        self._aside.unlink(missing_ok=True)
+
     def _append(self, data: bytes) -> None:
-        self._file.write(data)
+        with self._naming_the_shard():
+            self._file.write(data)
         self._sha256.update(data)
         self._size += len(data)
 
@@ -219,6 +247,8 @@ def write_manifest(
 
 def _first_difference(old: Any, new: dict[str, Any]) -> str:
     old = old if isinstance(old, dict) else {}
+    if old.get("maker") != new.get("maker"):
+        return "by another command"
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             if key.endswith("_hash"):

@@ -132,9 +132,14 @@ def data_build(
     captions: Annotated[
         Path | None,
         typer.Option(
-            help="CSV with the columns file and caption (and caption_2 ..., category, licence, author).",
+            help="CSV with the columns file and caption (and caption_2 ..., category, licence, author, source); or "
+            "JSONL with the keys file and captions (and the like).",
             show_default="captions are made of the file names",
         ),
+    ] = None,
+    licence: Annotated[
+        list[str] | None,
+        typer.Option(help="allow=CC0-1.0,CC-BY-4.0: these alone. deny=CC-BY-NC-4.0: all but these."),
     ] = None,
     workers: Workers = CORES,
     limit: Annotated[
@@ -146,9 +151,11 @@ def data_build(
     """Turn a folder of 3D files into raw shards; what cannot be used is in OUT/rejected.jsonl with the reason."""
     from ..config import load_config
     from ..data_pipes.build import BuildSettings, build
+    from ..data_pipes.licences import LicenceFilter
 
     settings = load_config(BuildSettings, preset, "build", overrides=overrides or [])
-    print(build(folder, out, captions=captions, settings=settings, workers=workers, limit=limit))
+    licences = LicenceFilter.parse(licence or [])
+    print(build(folder, out, captions, settings, workers, limit=limit, licences=licences))
 
 
 @data_app.command("show", epilog="Example: shapeloom data show raw/ --count 24")
@@ -162,6 +169,18 @@ def data_show(
     from ..data_pipes.contact_sheet import sheet_of_raw
 
     print(sheet_of_raw(raw, out or raw / "contact_sheet.png", count, split))
+
+
+@data_app.command("verify", epilog="Example: shapeloom data verify raw/")
+def data_verify(
+    raw: Annotated[Path, typer.Argument(metavar="RAW", help="A folder of raw or latent shards.")],
+) -> None:
+    """Check every byte and every sample of a folder of shards; says all that is wrong, and exits with 1 if anything."""
+    from ..data_pipes.verify import verify
+
+    verified = verify(raw)
+    print(verified)
+    raise typer.Exit(1 if verified.faults else 0)
 
 
 # --- training --------------------------------------------------------------------------------------------------------

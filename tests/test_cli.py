@@ -18,6 +18,7 @@ VERBS = [
     "data procedural",
     "data build",
     "data show",
+    "data verify",
     "train clip",
     "train autoencoder",
     "train denoiser",
