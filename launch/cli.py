@@ -164,6 +164,18 @@ def data_show(
     print(sheet_of_raw(raw, out or raw / "contact_sheet.png", count, split))
 
 
+@data_app.command("report", epilog="Example: shapeloom data report raw/ --out report.html")
+def data_report(
+    raw: Annotated[Path, typer.Argument(metavar="RAW", help="A folder of raw shards.")],
+    out: Annotated[Path | None, typer.Option(help="The page to write.", show_default="report.html in RAW")] = None,
+    count: Annotated[int, typer.Option(min=1, max=1000, help="How many assets to show.")] = 48,
+) -> None:
+    """Write one HTML page: counts, rejections and warnings, pictures, captions, sizes, licences."""
+    from ..data_pipes.report import write_report
+
+    print(write_report(raw, out, count=count))
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ VERBS = [
     "data procedural",
     "data build",
     "data show",
+    "data report",
     "train clip",
     "train autoencoder",
     "train denoiser",
