@@ -164,14 +164,18 @@ def _rejected(rejections: Mapping[str, Rejections]) -> str:
     if not total:
         return _section("rejected", "Rejected files", "", '<p class="fine">No file was rejected.</p>')
     cards = []
-    for kind in list(rejections.values())[:MOST_KINDS]:
-        files = "".join(f"<li><code>{_text(entry['file'], 160)}</code></li>" for entry in kind.first)
+    for form, kind in list(rejections.items())[:MOST_KINDS]:
+        reasons = [entry["reason"] for entry in kind.first]
+        files = "".join(
+            f"<li><code>{_text(entry['file'], 160)}</code>{_told_apart(entry['reason'], reasons)}</li>"
+            for entry in kind.first
+        )
         more = f"<li>and {kind.count - len(kind.first):,} more</li>" if kind.count > len(kind.first) else ""
-        first = kind.first[0]
-        hint = f'<p class="hint">{_text(first["hint"])}</p>' if first["hint"] else ""
-        cards.append(_finding(kind.count, "file", f"{_text(first['reason'])}", f"{hint}<ul>{files}{more}</ul>"))
+        hint = f'<p class="hint">{_text(kind.first[0]["hint"])}</p>' if kind.first[0]["hint"] else ""
+        cards.append(_finding(kind.count, "file", _of_all(form, reasons), f"{hint}<ul>{files}{more}</ul>"))
     about = f"{total:,} files could not be used; rejected.jsonl lists them all."
-    return _section("rejected", "Rejected files", about, *cards, _left_out(len(rejections)))
+    cards_side_by_side = f'<div class="pairs">{"".join(cards)}</div>'
+    return _section("rejected", "Rejected files", about, cards_side_by_side, _left_out(len(rejections)))
 
 
 def _warned(shards: ShardFolder, found: Survey) -> str:
@@ -184,7 +188,14 @@ def _warned(shards: ShardFolder, found: Survey) -> str:
             f'<small class="uid">{_text(shards.uid(index))}</small></figcaption></figure>'
             for index, sentence in found.warned[kind]
         )
-        cards.append(_finding(n, "asset", _text(found.warned[kind][0][1]), f'<div class="sheet few">{figures}</div>'))
+        cards.append(
+            _finding(
+                n,
+                "asset",
+                _of_all(kind, [sentence for _, sentence in found.warned[kind]]),
+                f'<div class="sheet few">{figures}</div>',
+            )
+        )
     share = found.with_warnings / max(1, len(shards))
     about = f"{found.with_warnings:,} assets ({share:.1%}) were built with a warning; each kind once, with examples."
     return _section("warnings", "Warnings", about, *cards, _left_out(len(found.warnings)))
@@ -285,6 +296,15 @@ def _finding(n: int, of: str, sentence: str, body: str) -> str:
     """A card on one kind of trouble."""
     count = f"<b>{n:,}</b> {of}{'s' if n != 1 else ''}"
     return f'<div class="card finding"><p class="count">{count}</p><div><h3>{sentence}</h3>{body}</div></div>'
+
+
+def _of_all(form: str, sentences: Sequence[str]) -> str:
+    """The sentence where all are one, otherwise what they have in common."""
+    return _text(sentences[0] if len(set(sentences)) == 1 else form)
+
+
+def _told_apart(sentence: str, sentences: Sequence[str]) -> str:
+    return f" {_text(sentence, 160)}" if len(set(sentences)) > 1 else ""
 
 
 def _left_out(n_kinds: int) -> str:
