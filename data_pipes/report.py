@@ -40,8 +40,9 @@ MESH_PLOTS = {
     "materials": ("Materials", True),
     "textures": ("Textures", True),
     "texture_side": ("Longest side of a texture, pixels", True),
-    "components": ("Connected parts", True),
+    "components": ("Unconnected parts", True),
     "open_edge_share": ("Share of edges that are open", False),
+    "flipped_share": ("Share of faces wound the wrong way", False),
     "hidden_share": ("Share of the surface hidden inside", False),
     "sheet_share": ("Share of the surface that is a thin sheet", False),
 }

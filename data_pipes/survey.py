@@ -35,6 +35,7 @@ MESH_NUMBERS = (
     "texture_side",
     "components",
     "open_edge_share",
+    "flipped_share",
     "hidden_share",
     "sheet_share",
 )

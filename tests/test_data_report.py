@@ -60,7 +60,9 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, shape in (("box.glb", trimesh.creation.box()), ("ball.obj", trimesh.creation.icosphere(2))):
         shape.export(folder / name)
     trimesh.creation.cone(1, 2).export(folder / "cone.stl")
-    (folder / "torn.obj").write_text("mtllib torn.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nf 1 3 2\nf 1 2 4\nf 2 3 4\n")
+    (folder / "torn.obj").write_text(
+        "mtllib torn.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nf 1 3 2\nf 1 2 4\nf 2 3 4\nf 1 4 3\n"
+    )
     (folder / "empty.glb").write_bytes(b"")
     (folder / "<b>cut.glb").write_bytes((folder / "box.glb").read_bytes()[:-40])
     captions = folder.parent / "captions.csv"
@@ -88,7 +90,7 @@ def test_the_numbers_are_those_of_the_data(raw: Path) -> None:
     assert found["sets of near duplicates"] == "1"
     assert "A red box on the table<" in html and "red table on a box<" in html
     faces = survey(ShardFolder(raw)).mesh["faces"]
-    assert sorted(faces)[:2] == [3, 12] and 320 in faces
+    assert sorted(faces)[:2] == [4, 12] and 320 in faces
     rows = {row.every("th")[0].text: row.every("td")[0].text for row in page.every("tbody")[-3].every("tr")}
     assert rows == {"CC0-1.0": "2", "none given": "2"} and "2 assets name no licence" in html
     rejected = page.every("section", id="rejected")[0].text
