@@ -108,7 +108,8 @@ class BuildReport:
                 f"{self.captions_from_names} captions were made of file names: give --captions for better ones"
             )
         if self.warnings:
-            lines.append(f"{self.warnings} files have warnings: see 'warnings' in their json, or data report")
+            have = "file has" if self.warnings == 1 else "files have"
+            lines.append(f"{self.warnings} {have} warnings: see 'warnings' in their json, or data report")
         lines += [f"rejected: {count} because {reason}" for reason, count in self.rejected_by_reason().items()]
         return "\n".join(lines)
 

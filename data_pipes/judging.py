@@ -116,9 +116,9 @@ def findings(m: Measures, s: JudgeSettings) -> dict[Kind, str]:
     if m.open_edge_share > s.open_edges:
         found["open"] = f"it is not watertight: {m.open_edge_share:.0%} of its edges are open"
     if m.degenerate_share > s.degenerate_faces:
-        found["degenerate"] = f"{m.degenerate_share:.0%} of its faces have no area"
+        found["degenerate"] = f"it has faces without area: {m.degenerate_share:.0%} of all"
     if m.flipped_share > s.flipped_faces:
-        found["flipped"] = f"{m.flipped_share:.0%} of its faces are wound the wrong way"
+        found["flipped"] = f"it has faces wound the wrong way: {m.flipped_share:.0%} of all"
     if m.components > s.parts:
         found["parts"] = f"it has {m.components} unconnected parts"
     if m.groups > 1:

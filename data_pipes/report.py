@@ -39,12 +39,12 @@ MESH_PLOTS = {
     "faces": ("Faces", True),
     "materials": ("Materials", True),
     "textures": ("Textures", True),
-    "texture_side": ("Longest side of a texture, pixels", True),
+    "texture_side": ("Largest texture, pixels", True),
     "components": ("Unconnected parts", True),
-    "open_edge_share": ("Share of edges that are open", False),
-    "flipped_share": ("Share of faces wound the wrong way", False),
-    "hidden_share": ("Share of the surface hidden inside", False),
-    "sheet_share": ("Share of the surface that is a thin sheet", False),
+    "open_edge_share": ("Open edges", False),
+    "flipped_share": ("Faces wound the wrong way", False),
+    "hidden_share": ("Surface hidden inside", False),
+    "sheet_share": ("Surface of thin sheets", False),
 }
 
 
@@ -175,8 +175,9 @@ def _rejected(rejections: Mapping[str, Rejections]) -> str:
         hint = f'<p class="hint">{_text(kind.first[0]["hint"])}</p>' if kind.first[0]["hint"] else ""
         cards.append(_finding(kind.count, "file", _of_all(form, reasons), f"{hint}<ul>{files}{more}</ul>"))
     about = f"{total:,} files could not be used; rejected.jsonl lists them all."
-    cards_side_by_side = f'<div class="pairs">{"".join(cards)}</div>'
-    return _section("rejected", "Rejected files", about, cards_side_by_side, _left_out(len(rejections)))
+    return _section(
+        "rejected", "Rejected files", about, f'<div class="pairs">{"".join(cards)}</div>', _left_out(len(rejections))
+    )
 
 
 def _warned(shards: ShardFolder, found: Survey) -> str:
@@ -198,8 +199,10 @@ def _warned(shards: ShardFolder, found: Survey) -> str:
             )
         )
     share = found.with_warnings / max(1, len(shards))
-    about = f"{found.with_warnings:,} assets ({share:.1%}) were built with a warning; each kind once, with examples."
-    return _section("warnings", "Warnings", about, *cards, _left_out(len(found.warnings)))
+    about = f"{found.with_warnings:,} of {len(shards):,} assets ({share:.1%}) have a warning; each kind with examples."
+    return _section(
+        "warnings", "Warnings", about, f'<div class="pairs">{"".join(cards)}</div>', _left_out(len(found.warnings))
+    )
 
 
 def _captions(shards: ShardFolder, found: Survey) -> str:
@@ -370,9 +373,9 @@ def _plot(
     ends: tuple[str, str],
     mark: tuple[float, str] | None = None,
 ) -> str:
-    """Bars as SVG. tips: one a bar; ends: labels of the axis; mark: (place in [0, 1], label)."""
+    """Two or more bars as SVG. tips: one a bar; ends: labels of the axis; mark: (place in [0, 1], label)."""
     width, height, top = 320.0, 92.0, 12.0
-    step, tallest = width / len(heights), max(max(heights), 1)
+    step, tallest = min(width / len(heights), 44), max(max(heights), 1)
     gap = min(2.0, step / 6)
     tall = [max(height * n / tallest, 1.5 if n else 0) for n in heights]  # a few are seen beside many
     bars = "".join(
@@ -383,10 +386,10 @@ def _plot(
     foot = top + height
     line = label = ""
     if mark:
-        x = width * mark[0]
+        x = step * len(heights) * mark[0]
         line = f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 6}" y2="{foot}"/>'
         label = f"<small>{mark[1]}</small>"
-    last = f'<text x="{width}" y="{foot + 15}" text-anchor="end">{ends[1]}</text>' if len(heights) > 1 else ""
+    last = f'<text x="{step * len(heights):g}" y="{foot + 15}" text-anchor="end">{ends[1]}</text>'
     return (
         f'<div class="card plot"><h3>{title}{label}</h3><svg viewBox="0 0 {width:g} {foot + 20:g}" role="img" '
         f'aria-label="{title}: {ends[0]} to {ends[1]}">{bars}<line class="axis" x1="0" x2="{width}" y1="{foot}" '

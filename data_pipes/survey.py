@@ -1,6 +1,6 @@
 """What the json members and `rejected.jsonl` of a folder of raw shards say, summed up in one pass.
 
-What is kept of an asset is a few numbers and hashes, so memory stays at some hundred bytes an asset.
+What is kept are numbers and hashes: 300 bytes a caption, so 12 MB for 10,000 assets of four captions each.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MESH_NUMBERS = (
 
 def general_form(sentence: str) -> str:
     """A sentence without the names and numbers in it, so that those of one kind are equal."""
-    return re.sub(r"'[^']*'|\"[^\"]*\"|\(.*\)|[\d.,]*\d", "…", sentence)
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\(.*\)|[\d.,]*\d%?", "…", sentence)
 
 
 @dataclass

@@ -178,7 +178,7 @@ def test_a_build_warns_and_rejects_as_it_is_told(tmp_path: Path) -> None:
     box().export(folder / "box.glb")
     small = {"n_surface": 32, "n_near": 16, "n_uniform": 16, "n_views": 1, "image_size": 16}
     report = build(folder, tmp_path / "raw", settings=BuildSettings(**small))
-    assert (report.samples, report.warnings) == (2, 1) and "1 files have warnings" in str(report)
+    assert (report.samples, report.warnings) == (2, 1) and "1 file has warnings" in str(report)
     metas = {meta["file"]: meta for meta in map(ShardFolder(tmp_path / "raw").read_json, (0, 1))}
     assert metas["pair.glb"]["warnings"] == ["it is not one object: its parts form 2 groups that lie far apart"]
     assert metas["box.glb"]["warnings"] == [] and metas["box.glb"]["mesh"]["components"] == 1
