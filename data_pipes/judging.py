@@ -26,6 +26,7 @@ DEGENERATE = 1e-6  # a face whose height over its longest edge is less than this
 GROUPED = 512  # parts compared with each other for the gaps between them, the largest by area
 FLAT = 0.02  # height of a floor, as a part of the object's longest side
 SPANS = 0.9  # of the object's width and depth, what a floor takes up at least
+RISES = 0.1  # what stands on a floor, likewise at least
 MOST_ABOVE = 0.7  # of a floor's area, what the box of all that stands on it covers at most
 # Volume over area^1.5 (a sphere: 0.094) below which a surface has no inside: closed ones, and open ones such as leaves.
 NO_VOLUME = (1e-6, 0.01)
@@ -99,7 +100,7 @@ def measure(
     return Measures(
         open_edge_share=open_edge_share(joined),
         degenerate_share=degenerate_share(mesh),
-        flipped_share=float(np.mean(flipped_faces(joined, part_F) & seen_from_behind_F)),
+        flipped_share=float(np.mean(flipped_faces(joined) & seen_from_behind_F)),
         components=int(part_F.max()) + 1,
         groups=part_groups(joined, part_F, settings.gap, settings.group_share),
         floor=has_floor(joined, part_F),
@@ -154,13 +155,13 @@ def parts(joined: Mesh) -> np.ndarray:
     return np.unique(part_F[joined.faces[:, 0]], return_inverse=True)[1]
 
 
-def flipped_faces(joined: Mesh, part_F: np.ndarray) -> np.ndarray:
+def flipped_faces(joined: Mesh) -> np.ndarray:
     """[F] bool: faces wound the wrong way.
 
     Faces that share an edge agree if they run along it in opposite directions; from that follow two sides for each
-    connected piece of the surface. The right one gives the piece a positive volume about its centre. A piece that has
-    hardly a volume (a plane, a leaf), or lies inside the box of the largest part, where it may be the wall of a cavity,
-    is judged by the larger part of its own area. A piece that cannot be oriented (Möbius) counts as right.
+    connected piece of the surface. The right one gives the piece a positive volume about its centre, or, where it has
+    hardly a volume (a plane, a leaf), the larger part of its area. A piece that cannot be oriented (Möbius) counts as
+    right. The wall of a cavity counts as flipped: only what is seen of it tells that it is not.
     """
     n = len(joined.faces)
     key_3F, forward_3F = _edges(joined)
@@ -189,13 +190,8 @@ def flipped_faces(joined: Mesh, part_F: np.ndarray) -> np.ndarray:
     volume_P = np.bincount(piece_F, sign_F * np.einsum("fi,fi->f", a_F3, np.cross(b_F3, c_F3)) / 6)
     majority_P = np.bincount(piece_F, sign_F * area_F)
 
-    low_C3, high_C3 = _boxes(joined, part_F)
-    largest = np.linalg.norm(high_C3 - low_C3, axis=1).argmax()
-    inside_C = (low_C3 > low_C3[largest]).all(axis=1) & (high_C3 < high_C3[largest]).all(axis=1)
-    inside_P = np.zeros(len(area_P), bool)
-    inside_P[piece_F] = inside_C[part_F]
-    by_majority_P = inside_P | (np.abs(volume_P) < np.where(is_open_P, *NO_VOLUME[::-1]) * area_P**1.5)
-    right_P = np.where(np.where(by_majority_P, majority_P, volume_P) < 0, -1.0, 1.0)
+    has_volume_P = np.abs(volume_P) >= np.where(is_open_P, *NO_VOLUME[::-1]) * area_P**1.5
+    right_P = np.where(np.where(has_volume_P, volume_P, majority_P) < 0, -1.0, 1.0)
     return (sign_F != right_P[piece_F]) & (as_is_F != turned_F)
 
 
@@ -218,7 +214,7 @@ def part_groups(joined: Mesh, part_F: np.ndarray, gap: float, share: float) -> i
 
 
 def has_floor(joined: Mesh, part_F: np.ndarray) -> bool:
-    """Whether a flat part at the very bottom (-Y) spans the object's footprint, and much less stands on it."""
+    """Whether a flat part at the very bottom (-Y) spans the object's footprint, and something narrower stands on it."""
     low_C3, high_C3 = _boxes(joined, part_F)
     low_3, high_3 = low_C3.min(axis=0), high_C3.max(axis=0)
     side, ground = (high_3 - low_3).max(), [0, 2]
@@ -227,7 +223,7 @@ def has_floor(joined: Mesh, part_F: np.ndarray) -> bool:
     floors = np.flatnonzero(flat & spans)
     rest = np.ones(len(low_C3), bool)
     rest[floors] = False
-    if not len(floors) or not rest.any():
+    if not len(floors) or not rest.any() or high_3[1] - low_3[1] < RISES * side:
         return False
     above_2 = high_C3[rest].max(axis=0)[ground] - low_C3[rest].min(axis=0)[ground]
     return bool(above_2.prod() <= MOST_ABOVE * (high_3 - low_3)[ground].prod())

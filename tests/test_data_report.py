@@ -13,6 +13,7 @@ import pytest
 import trimesh
 from html_tree import Node, parse
 from PIL import Image
+from test_eval_browser import browser  # noqa: F401
 
 from shapeloom.data_pipes.build import BuildSettings, build
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
@@ -175,6 +176,24 @@ def test_sets_without_views_and_wrong_folders(tmp_path: Path) -> None:
     (raw / "rejected.jsonl").write_text('{"file": "a", "reason": "b"}\n[1]\n')
     with pytest.raises(UserError, match="line 2"):
         write_report(raw)
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser_without_javascript(raw: Path, browser, width: int, scheme: str) -> None:  # noqa: F811
+    write_report(raw)
+    viewport = {"width": width, "height": 800}
+    with browser.new_context(viewport=viewport, color_scheme=scheme, java_script_enabled=False) as context:
+        page, asked = context.new_page(), []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((raw / "report.html").as_uri())
+        assert page.locator("#assets img").first.bounding_box()["width"] >= 90
+        for name in ("h1", ".tiles", ".sheet", "table", ".finding", "svg"):
+            for box in (each.bounding_box() for each in page.locator(name).all()):
+                assert box["x"] >= 0 and box["x"] + box["width"] <= width, f"{name} is wider than the window"
+        shown = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L"))
+        assert (np.median(shown) < 64) == (scheme == "dark")
+        assert [url for url in asked if not url.startswith("data:")] == [(raw / "report.html").as_uri()]
 
 
 def test_the_verb(raw: Path, tmp_path: Path, cli) -> None:

@@ -14,7 +14,9 @@ from shapeloom.config import load_config
 from shapeloom.data_pipes import judging
 from shapeloom.data_pipes.build import BuildSettings, build
 from shapeloom.data_pipes.judging import JudgeSettings, Measures, findings, measure
+from shapeloom.data_pipes.limits import Limits
 from shapeloom.data_pipes.mesh import WHITE, Material, Mesh
+from shapeloom.data_pipes.read import read_mesh
 from shapeloom.data_pipes.sampling import Solid
 from shapeloom.data_pipes.shards import ShardFolder
 from shapeloom.errors import UserError
@@ -111,7 +113,7 @@ def test_the_wall_of_a_cavity_is_not_flipped_and_a_moebius_strip_is_not_judged()
     quads = [(2 * i, 2 * i + 1, 2 * i + 3, 2 * i + 2) for i in range(23)] + [(46, 47, 0, 1)]
     faces = [face for a, b, c, d in quads for face in ((a, b, c), (a, c, d))]
     strip = mesh_of(trimesh.Trimesh(xyz, faces, process=False))
-    assert not judging.flipped_faces(strip, judging.parts(strip)).any()
+    assert not judging.flipped_faces(strip).any()
 
 
 def test_parts_agree_with_another_implementation() -> None:
@@ -143,6 +145,8 @@ def test_a_plane_under_a_box_is_a_floor() -> None:
     assert kinds(together(box(), box((1, 0.01, 1), at=(0, -0.6, 0)))) == set(), "a base as wide as what it carries"
     assert kinds(together(box(), box((4, 0.05, 4), at=(0, 0.55, 0)))) == set(), "a table top is above"
     assert kinds(together(box(), box((4, 0.5, 4), at=(0, -0.75, 0)))) == set(), "a plinth is not flat"
+    layers = (box((4 - k, 0.01, 4 - k), at=(0, 0.02 * k, 0)) for k in range(4))
+    assert kinds(together(*layers)) == set(), "a flat object in layers"
     assert kinds(together(box(), box((4, 0.05, 1), at=(0, -0.55, 0)))) == {"floor"}, "as deep as the whole, and wider"
 
 
@@ -194,3 +198,14 @@ def test_a_build_warns_and_rejects_as_it_is_told(tmp_path: Path) -> None:
         build(folder, tmp_path / "strict", settings=BuildSettings(**small))
     with pytest.raises(UserError, match="judge.reject"):
         load_config(BuildSettings, overrides=["judge.reject=[ugly]"])
+
+
+@pytest.mark.parametrize(
+    ("file", "low", "high"), [("410/barrel_flipped.ply", 0.99, 1), ("409/barrel_tiny.stl", 0, 0.01)]
+)
+def test_winding_of_real_files(assets_dir: Path, file: str, low: float, high: float) -> None:
+    path = assets_dir / "hard" / "files" / file
+    mesh, back = read_mesh(str(path), Limits(), root=str(path.parent), warnings=[]).normalised()
+    m = measure(mesh, Solid(mesh, 4096), back, None)
+    assert low <= m.flipped_share <= high
+    assert ("scale" in findings(m, JudgeSettings())) == ("tiny" in file)
