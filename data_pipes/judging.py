@@ -199,7 +199,7 @@ def part_groups(joined: Mesh, part_F: np.ndarray, gap: float, share: float) -> i
     """How many groups of parts there are whose boxes are further apart than `gap` longest sides of the object.
 
     Args:
-        share: groups of less than this share of the area are not counted.
+        share: groups of less than this share of the area are not counted; nor are parts beyond the `GROUPED` largest.
     Example: two unit boxes whose centres are 3 apart: a gap of 2 in a longest side of 4, so two groups for gap < 0.5.
     """
     area_C = np.bincount(part_F, joined.face_areas)

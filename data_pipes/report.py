@@ -12,7 +12,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -271,12 +271,17 @@ def _provenance(found: Survey) -> str:
 
 
 def _settings(shards: ShardFolder) -> str:
-    settings = {
-        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for key, value in shards.manifest["settings"].items()
-    }
-    rows = "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in settings.items())
+    rows = "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in _flat(shards.manifest["settings"]))
     return _section("settings", "Built with", "", f'<div class="card"><dl>{rows}</dl></div>')
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Settings as they are written on the command line: a.b and its value."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield above + key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 # ------------------------------------------------------------------------------------------------- pieces of a page

@@ -96,6 +96,9 @@ def test_the_numbers_are_those_of_the_data(raw: Path) -> None:
     assert rows == {"CC0-1.0": "2", "none given": "2"} and "2 assets name no licence" in html
     rejected = page.every("section", id="rejected")[0].text
     assert "cut.glb" in rejected and "empty.glb" in rejected and "cut short" in rejected
+    built = page.every("section", id="settings")[0]
+    said = dict(zip([dt.text for dt in built.every("dt")], [dd.text for dd in built.every("dd")]))
+    assert said["n_surface"] == "64" and said["judge.open_edges"] == "0.2" and said["maker"] == "data build"
     warned = page.every("section", id="warnings")[0]
     assert "torn.mtl" in warned.text and len(warned.every("img")) == 1
 
