@@ -31,6 +31,7 @@ from ..errors import UserError
 from ..files import read_json, sha256_json, write_atomic, write_json
 from ..progress import Bar
 from .captions import AssetText, caption_from_name, count_repeated, read_captions
+from .judging import JudgeSettings, findings, measure
 from .licences import LicenceFilter
 from .limits import Limits, Rejected
 from .read import SUFFIXES, read_mesh
@@ -46,12 +47,13 @@ from .shards import (
     split_of,
     write_manifest,
 )
+from .survey import general_form
 from .workers import Failed, isolated_map
 
 __all__ = ["BuildReport", "BuildSettings", "Guard", "build"]
 
 DENSE_RANGE = (4096, DENSE_SAMPLES)  # few points need no fine search for the nearest triangle
-RECIPE = 1  # counted up when the same settings give other bytes
+RECIPE = 2  # counted up when the same settings give other bytes
 
 
 class BuildSettings(BaseModel):
@@ -68,6 +70,7 @@ class BuildSettings(BaseModel):
     lit: bool = Field(default=True, description="store shaded views beside the unlit ones")
     seed: int = Field(default=0, ge=0, description="of points and cameras")
     shard_size: int = Field(default=64, ge=1, description="files per shard, rejected ones included")
+    judge: JudgeSettings = Field(default=JudgeSettings(), description="what is worth a warning, or a rejection")
 
 
 @dataclass(frozen=True)
@@ -109,14 +112,14 @@ class BuildReport:
         if self.repeated_captions:
             lines.append(f"{self.repeated_captions} captions have the same words as another, so tell nothing apart")
         if self.warnings:
-            lines.append(f"{self.warnings} files lost a texture or the like: see 'warnings' in their json")
+            have = "file has" if self.warnings == 1 else "files have"
+            lines.append(f"{self.warnings} {have} warnings: see 'warnings' in their json, or data report")
         lines += [f"rejected: {count} because {reason}" for reason, count in self.rejected_by_reason().items()]
         return "\n".join(lines)
 
     def rejected_by_reason(self) -> dict[str, int]:
         """Reasons with their counts, most frequent first; numbers and names in them are left out."""
-        general = (re.sub(r"'[^']*'|\"[^\"]*\"|\(.*\)|[\d.,]*\d", "…", entry["reason"]) for entry in self.rejected)
-        return dict(Counter(general).most_common())
+        return dict(Counter(general_form(entry["reason"]) for entry in self.rejected).most_common())
 
 
 @dataclass(frozen=True)
@@ -240,7 +243,7 @@ def _identity(
     return {
         "maker": "data build",
         "recipe": RECIPE,
-        **settings.model_dump(),
+        **settings.model_dump(mode="json"),
         **({"licences": licences.identity()} if licences else {}),
         "dataset": f"{len(files)} files {sha256_json(listing)[:16]}",
     }
@@ -267,6 +270,12 @@ def _build_asset(job: _Job) -> _Built | Rejected:
         cameras = random_rig(rng, settings.n_views, settings.image_size)
         views = render(mesh, cameras, samples_per_axis=settings.samples_per_axis)
         views = views if settings.lit else replace(views, lit=views.lit[:0])
+    measures = measure(mesh, solid, transform, None if views is None else views.albedo[..., 3], settings.judge)
+    found = findings(measures, settings.judge)
+    for kind in settings.judge.reject:
+        if kind in found:
+            return Rejected(found[kind], f"mend it, or take '{kind}' out of judge.reject")
+    warnings += found.values()
     sha256 = hashlib.sha256(Path(job.path).read_bytes()).hexdigest()
     members = encode_raw_sample(
         job.uid,
@@ -291,6 +300,7 @@ def _build_asset(job: _Job) -> _Built | Rejected:
                 "materials": len(mesh.materials),
                 "hidden_share": round(solid.hidden_share, 4),
                 "sheet_share": round(solid.sheet_share, 4),
+                **measures.to_json(),
             },
             "warnings": warnings,
         },

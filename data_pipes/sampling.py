@@ -132,6 +132,11 @@ class Solid:
         # Hardly a surface point is further than this from its nearest sample: three times their mean distance.
         self._gap = 3 * np.sqrt(self.mesh.face_areas.sum() / n_dense)
 
+    @property
+    def fronts(self) -> np.ndarray:
+        """[F, 3] float32 normals of `mesh`, turned to the side from which each face is seen more often."""
+        return self._front_F3
+
     def inside(self, xyz_N3: np.ndarray, rays: tuple[int, int] = SIGN_RAYS) -> np.ndarray:
         """[N] bool; `rays` for all points, and for those whose first rays do not agree."""
         share_N = np.zeros(len(xyz_N3))

@@ -183,6 +183,18 @@ def data_verify(
     raise typer.Exit(1 if verified.faults else 0)
 
 
+@data_app.command("report", epilog="Example: shapeloom data report raw/ --out report.html")
+def data_report(
+    raw: Annotated[Path, typer.Argument(metavar="RAW", help="A folder of raw shards.")],
+    out: Annotated[Path | None, typer.Option(help="The page to write.", show_default="report.html in RAW")] = None,
+    count: Annotated[int, typer.Option(min=1, max=1000, help="How many assets to show.")] = 48,
+) -> None:
+    """Write one HTML page: counts, rejections and warnings, pictures, captions, sizes, licences."""
+    from ..data_pipes.report import write_report
+
+    print(write_report(raw, out, count=count))
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 

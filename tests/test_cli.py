@@ -19,6 +19,7 @@ VERBS = [
     "data build",
     "data show",
     "data verify",
+    "data report",
     "train clip",
     "train autoencoder",
     "train denoiser",
