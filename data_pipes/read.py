@@ -51,13 +51,16 @@ def read_mesh(
     if sidecars is not None:
         beside.hashes = sidecars
     suffix = path.suffix.lower()
-    if suffix in (".glb", ".gltf"):
-        mesh = read_gltf(data, beside, limits, warnings)
-    elif suffix in SUFFIXES:
-        mesh = _read_by_trimesh(data, suffix[1:], beside, limits, warnings)
-    else:
-        raise Rejected(f"{suffix or 'a file without suffix'} is not a format read here", f"convert it to {SUFFIXES[0]}")
-    return _checked(mesh, limits)
+    # Numbers too large for float32 are found where the result is checked; NumPy's word on them is no use to anybody.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if suffix in (".glb", ".gltf"):
+            mesh = read_gltf(data, beside, limits, warnings)
+        elif suffix in SUFFIXES:
+            mesh = _read_by_trimesh(data, suffix[1:], beside, limits, warnings)
+        else:
+            what = suffix or "a file without suffix"
+            raise Rejected(f"{what} is not a format read here", f"convert it to {SUFFIXES[0]}")
+        return _checked(mesh, limits)
 
 
 def _bytes(path: Path, limits: Limits) -> bytes:
