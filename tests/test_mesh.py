@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import struct
+import warnings as python_warnings
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,16 @@ def test_hostile_gltf_is_rejected_with_its_reason(tmp_path: Path, spoil: Any, re
     with pytest.raises(Rejected, match=reason) as caught:
         read_mesh(gltf.write(tmp_path / "a.gltf"))
     assert caught.value.hint and "\n" not in caught.value.reason
+
+
+def test_numbers_too_large_for_float32_are_rejected_in_one_sentence_of_ours(tmp_path: Path) -> None:
+    gltf = GltfFile()
+    gltf.header["materials"] = [{"pbrMetallicRoughness": {"baseColorFactor": [1e308, 1, 1, 1]}}]
+    gltf.primitive["material"] = 0
+    with python_warnings.catch_warnings():
+        python_warnings.simplefilter("error")
+        with pytest.raises(Rejected, match="must be 4 finite numbers"):
+            read_mesh(gltf.write(tmp_path / "a.gltf"))
 
 
 def test_a_cut_glb_says_so(tmp_path: Path) -> None:
