@@ -1,6 +1,6 @@
 """Reads a 3D file from outside into one coloured mesh.
 
-glTF by `gltf.py`, 3MF by `threemf.py`; OBJ, OFF, PLY and STL through trimesh.
+glTF by `gltf.py`, 3MF by `threemf.py`, COLLADA by `collada.py`; OBJ, OFF, PLY and STL through trimesh.
 
 Every file is taken as hostile. What a reader cannot bound from within (time, memory, a crash in a native library) is
 bounded by the worker process that calls it (`build.py`).
@@ -17,6 +17,7 @@ import numpy as np
 import trimesh
 from trimesh.resolvers import Resolver
 
+from .collada import read_collada
 from .gltf import read_gltf
 from .limits import Limits, Rejected, Sidecars
 from .mesh import Material, Mesh, merge, srgb_to_linear
@@ -25,7 +26,7 @@ from .threemf import read_3mf
 __all__ = ["SUFFIXES", "Limits", "Rejected", "read_mesh"]
 
 VERSION = 1  # of what meshes come out: it changes with anything that changes them, so that no cache outlives it
-SUFFIXES = (".3mf", ".glb", ".gltf", ".obj", ".off", ".ply", ".stl")
+SUFFIXES = (".3mf", ".dae", ".glb", ".gltf", ".obj", ".off", ".ply", ".stl")
 
 
 def read_mesh(
@@ -36,7 +37,7 @@ def read_mesh(
     warnings: list[str] | None = None,
     sidecars: dict[str, str | None] | None = None,
 ) -> Mesh:
-    """Read a 3MF, GLB, glTF, OBJ, OFF, PLY or STL file.
+    """Read a 3MF, COLLADA (.dae), GLB, glTF, OBJ, OFF, PLY or STL file.
 
     Args:
         limits: on sizes; more is refused before it is decoded where the format allows.
@@ -44,7 +45,7 @@ def read_mesh(
         warnings: gets a sentence for everything that was left out but does not spoil the mesh.
         sidecars: gets name and sha256 of every file that it names, None for one that is not there.
     Returns: all triangles of the file's scene, at rest where it is animated. Formats that say what is up and how long
-        a unit is (glTF, 3MF) come out +Y up and in metres, the others in the file's own frame and units.
+        a unit is (3MF, COLLADA, glTF) come out +Y up and in metres, the others in the file's own frame and units.
     Raises: Rejected, with a reason and a hint.
     """
     path = Path(path)
@@ -59,6 +60,8 @@ def read_mesh(
     with np.errstate(over="ignore", invalid="ignore"):
         if suffix in (".glb", ".gltf"):
             mesh = read_gltf(data, beside, limits, warnings)
+        elif suffix == ".dae":
+            mesh = read_collada(data, beside, limits, warnings)
         elif suffix == ".3mf":
             mesh = read_3mf(data, limits, warnings)
         elif suffix in SUFFIXES:
