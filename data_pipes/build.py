@@ -15,8 +15,8 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -31,8 +31,9 @@ from ..errors import UserError
 from ..files import read_json, sha256_json, write_atomic, write_json
 from ..progress import Bar
 from .captions import AssetText, caption_from_name, read_captions
+from .find import Place, find
 from .limits import Limits, Rejected
-from .read import SUFFIXES, read_mesh
+from .read import read_mesh
 from .render import random_rig, render
 from .sampling import DENSE_SAMPLES, Solid, sample_field, sample_surface
 from .shards import (
@@ -117,8 +118,7 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class _Job:
-    path: str
-    root: str
+    place: Place
     file: str
     uid: str
     text: AssetText
@@ -145,6 +145,9 @@ def build(
 ) -> BuildReport:
     """Make raw shards of all 3D files under a folder. Run again after an interruption, it goes on where it was.
 
+    Archives (.zip, .tar, .tar.gz, .tgz) are read as folders, for which they are unpacked into a temporary one (in
+    TMPDIR), at each run.
+
     Args:
         captions: a captions file (see captions.py); without one, or for files that it leaves out, captions are made
             of file names.
@@ -157,21 +160,36 @@ def build(
     settings, guard = settings or BuildSettings(), guard or Guard()
     if workers < 1 or (limit is not None and limit < 1):
         raise UserError("workers and limit must be at least 1")
-    files = _find(folder, out)
+    with tempfile.TemporaryDirectory(prefix="shapeloom-archives-") as scratch:
+        places = find(folder, out, Path(scratch))
+        return _build(folder, out, places, captions, settings, workers, limit, guard)
+
+
+def _build(
+    folder: Path,
+    out: Path,
+    places: dict[str, Place],
+    captions: str | Path | None,
+    settings: BuildSettings,
+    workers: int,
+    limit: int | None,
+    guard: Guard,
+) -> BuildReport:
+    """As `build`, of files that were found."""
+    files = list(places)
     texts = read_captions(captions, files) if captions is not None else {}
     uids = _uids(files)
     if limit is not None and limit < len(files):
         chosen = np.random.default_rng(settings.seed).permutation(len(files))[:limit]
         files = [files[i] for i in sorted(chosen)]
-    begin_folder(out, format=RAW_FORMAT, settings=_identity(folder, files, texts, settings))
+    begin_folder(out, format=RAW_FORMAT, settings=_identity(places, files, texts, settings))
     jobs = [
-        _Job(str(folder / file), str(folder), file, uids[file], texts.get(file, AssetText()), settings, guard.limits)
-        for file in files
+        _Job(places[file], file, uids[file], texts.get(file, AssetText()), settings, guard.limits) for file in files
     ]
     chunks = [jobs[start : start + settings.shard_size] for start in range(0, len(jobs), settings.shard_size)]
     parts, kept, seconds = _make_shards(out, chunks, workers, guard)
     report = _report(parts, kept, seconds, workers)
-    _write_summary(out, parts, report, _identity(folder, files, texts, settings))
+    _write_summary(out, parts, report, _identity(places, files, texts, settings))
     if not report.samples:
         first = report.rejected[0]
         raise UserError(
@@ -179,26 +197,6 @@ def build(
             f"{first['reason']}; {out / 'rejected.jsonl'} lists them all"
         )
     return report
-
-
-def _find(folder: Path, out: Path) -> list[str]:
-    """3D files under `folder`, relative with "/", sorted; hidden ones and those in `out` left out."""
-    if not folder.exists():
-        raise UserError(f"the folder {folder} does not exist")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file, not a folder of 3D files: give the folder that it is in")
-    out = out.resolve()
-    files = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and (Path(place) / name).resolve() != out]
-        files += [
-            (Path(place) / name).relative_to(folder).as_posix()
-            for name in names
-            if not name.startswith(".") and name.lower().endswith(SUFFIXES)
-        ]
-    if not files:
-        raise UserError(f"the folder {folder} has no 3D files: put {', '.join(SUFFIXES)} files into it")
-    return sorted(files)
 
 
 def _uids(files: list[str]) -> dict[str, str]:
@@ -214,9 +212,11 @@ def _uids(files: list[str]) -> dict[str, str]:
     return {file: unique(file, uid) for file, uid in plain.items()}
 
 
-def _identity(folder: Path, files: list[str], texts: dict[str, AssetText], settings: BuildSettings) -> dict[str, Any]:
+def _identity(
+    places: dict[str, Place], files: list[str], texts: dict[str, AssetText], settings: BuildSettings
+) -> dict[str, Any]:
     """Everything the bytes depend on; files by name and size, since hashing them all would read them twice."""
-    listing = [(file, (folder / file).stat().st_size, asdict(texts.get(file, AssetText()))) for file in files]
+    listing = [(file, places[file].path.stat().st_size, asdict(texts.get(file, AssetText()))) for file in files]
     return {
         "maker": "data build",
         "recipe": RECIPE,
@@ -230,9 +230,11 @@ def _identity(folder: Path, files: list[str], texts: dict[str, AssetText], setti
 
 def _build_asset(job: _Job) -> _Built | Rejected:
     """Runs in a worker."""
+    if job.place.refused is not None:
+        return job.place.refused
     warnings: list[str] = []
     try:
-        mesh = read_mesh(job.path, job.limits, root=job.root, warnings=warnings)
+        mesh = read_mesh(job.place.path, job.limits, root=job.place.root, warnings=warnings)
     except Rejected as rejected:
         return rejected
     mesh, transform = mesh.normalised()
@@ -244,7 +246,7 @@ def _build_asset(job: _Job) -> _Built | Rejected:
         cameras = random_rig(rng, settings.n_views, settings.image_size)
         views = render(mesh, cameras, samples_per_axis=settings.samples_per_axis)
         views = views if settings.lit else replace(views, lit=views.lit[:0])
-    sha256 = hashlib.sha256(Path(job.path).read_bytes()).hexdigest()
+    sha256 = hashlib.sha256(job.place.path.read_bytes()).hexdigest()
     members = encode_raw_sample(
         job.uid,
         captions=list(job.text.captions) or [caption_from_name(job.file)],
