@@ -1,19 +1,20 @@
 """Reads COLLADA 1.4 and 1.5 (.dae): geometry, scene graph, vertex colours, diffuse colours and textures.
 
 Written by hand on the standard library because trimesh 5.2 needs one more package for it and passes over the axis that
-is up. Skinned and morphed meshes are in the pose they were bound in. Colours are taken as sRGB, as for MTL: COLLADA
-does not say. Alpha is not used: exporters do not agree on what COLLADA's transparency means.
+is up and skins. Skinned meshes are at rest, posed by the joints as they stand in the scene. Colours are taken as sRGB,
+as for MTL: COLLADA does not say. Alpha is not used: exporters do not agree on what COLLADA's transparency means.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import unquote
 from xml.etree.ElementTree import Element
 
 import numpy as np
+from scipy.sparse import coo_array
 
 from . import xml_reader
 from .limits import Limits, Rejected, Sidecars, decode_image
@@ -21,7 +22,7 @@ from .mesh import WHITE, Material, Mesh, merge, srgb_to_linear
 
 __all__ = ["read_collada"]
 
-_BROKEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError)
+_BROKEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 # Rows: what is right, up and towards the viewer in the file's axes (COLLADA 1.4.1, "up_axis").
 _TO_Y_UP = {
     "X_UP": [[0, -1, 0], [1, 0, 0], [0, 0, 1]],
@@ -29,6 +30,7 @@ _TO_Y_UP = {
     "Z_UP": [[1, 0, 0], [0, 0, 1], [0, -1, 0]],
 }
 _POLYGONS = ("triangles", "polylist", "polygons", "tristrips", "trifans")
+_JOINT_INPUTS = ("JOINT", "INV_BIND_MATRIX")
 _TOO_DEEP = 100
 
 
@@ -50,9 +52,10 @@ def read_collada(data: bytes, sidecars: Sidecars, limits: Limits, warnings: list
 
 @dataclass(frozen=True)
 class _Primitive:
-    """Triangles of one material symbol; texture coordinates by set."""
+    """Triangles of one material symbol; texture coordinates by set. `vertex_ids`: of `vertices` in their source."""
 
     symbol: str
+    vertex_ids: np.ndarray
     vertices: np.ndarray
     faces: np.ndarray
     corner_uv: dict[int, np.ndarray]
@@ -70,6 +73,8 @@ class _Reader:
         self._primitives: dict[str, list[_Primitive]] = {}
         self._materials: dict[str, tuple[Material, str]] = {}
         self._pictures: dict[str, np.ndarray | None] = {}
+        self._parents = {child: parent for parent in root.iter() for child in parent}
+        self._worlds: dict[Element, np.ndarray] = {}
         self._nodes = self._faces = 0
 
     def scene(self) -> Mesh:
@@ -113,27 +118,81 @@ class _Reader:
             elif child.tag == "instance_geometry":
                 yield from self._instance(child, self._target(child), world)
             elif child.tag == "instance_controller":
-                geometry, bind_shape = self._bound(child)
-                yield from self._instance(child, geometry, world @ bind_shape)
+                yield from self._controlled(child, world)
 
-    def _bound(self, instance: Element) -> tuple[Element, np.ndarray]:
-        """The geometry that a controller deforms, and its bind shape matrix."""
-        matrix = np.eye(4)
-        element = self._target(instance)
+    def _controlled(self, instance: Element, world: np.ndarray) -> Iterator[Mesh]:
+        """The geometry behind an <instance_controller>; morphs are passed over, of skins the first counts."""
+        element, skin = self._target(instance), None
         for _ in range(_TOO_DEEP):
             if element.tag == "geometry":
-                return element, matrix
+                break
             deformer = element.find("skin")
-            if deformer is None:
+            if deformer is not None and skin is None:
+                skin = deformer
+            elif deformer is None:
                 deformer = element.find("morph")
             if deformer is None:
-                break
-            if (bind_shape := deformer.findtext("bind_shape_matrix")) is not None:
-                matrix = matrix @ _numbers(bind_shape).reshape(4, 4)
+                raise Rejected("its COLLADA structure is broken (a controller that controls nothing)")
             element = self._target(deformer, "source")
-        raise Rejected("its COLLADA structure is broken (a controller has no geometry)")
+        if skin is not None:
+            try:
+                world = self._pose(instance, skin)
+            except _BROKEN:
+                self.warnings.append("a skin is broken, so its mesh is placed by its node alone")
+        yield from self._instance(instance, element, world)
+
+    def _pose(self, instance: Element, skin: Element) -> np.ndarray:
+        """The matrix [V, 4, 4] of each of a skin's vertices to the scene; the node's own does not count.
+
+        sum_j w_j (joint_j inverse_bind_j) bind_shape / sum_j w_j   (COLLADA 1.4.1, "skin deformation")
+
+        A vertex without weights stays where its bind shape puts it.
+        """
+        joints, bind_J44 = (self._target(_input(skin, "joints", name), "source") for name in _JOINT_INPUTS)
+        roots = [self._by_id[(root.text or "").strip().removeprefix("#")] for root in instance.findall("skeleton")]
+        names = [array.text or "" for array in joints if array.tag in ("Name_array", "IDREF_array")][0].split()
+        joint_J44 = np.array([self._world(node) for node in self._joints(names, roots)])
+        posed_J44 = np.concatenate([joint_J44 @ self._source(bind_J44).reshape(-1, 4, 4)[: len(names)], [np.eye(4)]])
+
+        weighted = skin.findall("vertex_weights")[0]
+        joint_input, weight_input = (_input(skin, "vertex_weights", name) for name in ("JOINT", "WEIGHT"))
+        count_V, pairs = _integers(weighted.findtext("vcount")), _integers(weighted.findtext("v"))
+        pairs_PI = pairs.reshape(-1, max(int(one.attrib["offset"]) for one in weighted.findall("input")) + 1)
+        joint_P = pairs_PI[:, int(joint_input.attrib["offset"])]  # -1: the last of posed_J44, the bind shape as it is
+        weights = self._source(self._target(weight_input, "source"))[:, 0]
+        weight_P = weights[pairs_PI[:, int(weight_input.attrib["offset"])]]
+        vertex_P = np.repeat(np.arange(len(count_V)), count_V)
+        weight_VJ = coo_array(
+            (weight_P, (vertex_P, np.where(joint_P < 0, len(names), joint_P))), (len(count_V), len(posed_J44))
+        ).tocsr()
+        sum_V = weight_VJ.sum(axis=1)
+        bound_V = sum_V > 0
+        pose_V44 = np.tile(np.eye(4), (len(count_V), 1, 1))
+        pose_V44[bound_V] = (weight_VJ @ posed_J44.reshape(-1, 16)).reshape(-1, 4, 4)[bound_V]
+        pose_V44[bound_V] /= sum_V[bound_V, None, None]
+        if not np.isfinite(pose_V44).all():
+            raise ValueError("a pose that is not finite")
+        bind_shape = skin.findtext("bind_shape_matrix")
+        return pose_V44 if bind_shape is None else pose_V44 @ _numbers(bind_shape).reshape(4, 4)
+
+    def _joints(self, names: list[str], roots: list[Element]) -> list[Element]:
+        """The nodes that a skin names by sid, those below a skeleton's root before all others, or by id."""
+        by_sid: dict[str | None, Element] = {}
+        for root in [*roots, self.root]:
+            for node in root.iter("node"):
+                by_sid.setdefault(node.get("sid"), node)
+        return [by_sid[name] if name in by_sid else self._by_id[name] for name in names]
+
+    def _world(self, node: Element) -> np.ndarray:
+        """Of a node of the scene, from the root; nodes that are instances of others have no place of their own."""
+        if node not in self._worlds:
+            parent = self._parents.get(node)
+            above = np.eye(4) if parent is None or parent.tag != "node" else self._world(parent)
+            self._worlds[node] = above @ _local(node)
+        return self._worlds[node]
 
     def _instance(self, instance: Element, geometry: Element, world: np.ndarray) -> Iterator[Mesh]:
+        """A geometry with its materials, placed by one matrix [4, 4] or by one for each vertex [V, 4, 4]."""
         bindings = {bound.get("symbol", ""): bound for bound in instance.iter("instance_material")}
         for primitive in self._geometry(geometry):
             self._faces += len(primitive.faces)
@@ -148,7 +207,12 @@ class _Reader:
                         material = WHITE
             material_F = np.zeros(len(primitive.faces), np.int32)
             mesh = Mesh(primitive.vertices, primitive.faces, material_F, (material,), uv, primitive.corner_rgba)
-            yield mesh.transformed(world)
+            if world.ndim == 2:
+                yield mesh.transformed(world)
+            else:
+                pose_V44 = world[primitive.vertex_ids]
+                posed = np.einsum("vij,vj->vi", pose_V44[:, :3, :3], mesh.vertices) + pose_V44[:, :3, 3]
+                yield replace(mesh, vertices=posed)
 
     # --------------------------------------------------------------------------------------------------- geometry
 
@@ -171,7 +235,7 @@ class _Reader:
             return None
         self.limits.check("faces", len(triangles_F3), self.limits.faces)
         corners_F3I = corners_KI[triangles_F3]
-        vertices = faces = rgba = None
+        vertex_ids = vertices = faces = rgba = None
         uv: dict[int, np.ndarray] = {}
         for one in inputs:
             index_F3 = corners_F3I[:, :, int(one.attrib["offset"])]
@@ -183,18 +247,18 @@ class _Reader:
                 if not (index_F3.min() >= 0 and index_F3.max() < len(values_NC)):
                     raise Rejected("a face names a vertex that does not exist")
                 if attribute.attrib["semantic"] == "POSITION":
-                    used_V, inverse = np.unique(index_F3, return_inverse=True)
-                    vertices, faces = values_NC[used_V, :3], inverse.reshape(-1, 3)
+                    vertex_ids, inverse = np.unique(index_F3, return_inverse=True)
+                    vertices, faces = values_NC[vertex_ids, :3], inverse.reshape(-1, 3)
                 elif attribute.attrib["semantic"] == "TEXCOORD":
                     # COLLADA counts v upwards.
                     uv[int(attribute.get("set", 0))] = (values_NC[:, :2] * (1, -1) + (0, 1))[index_F3]
                 elif rgba is None:
                     rgba = _linear(values_NC)[index_F3]
-        if vertices is None or faces is None:
+        if vertex_ids is None or vertices is None or faces is None:
             raise Rejected("its COLLADA structure is broken (faces without positions)")
         if not np.isfinite(vertices.astype(np.float32)).all():
             raise Rejected("some of its coordinates are not finite numbers", kind="not finite")
-        return _Primitive(part.get("material", ""), vertices, faces, uv, rgba)
+        return _Primitive(part.get("material", ""), vertex_ids, vertices, faces, uv, rgba)
 
     def _triangles(self, part: Element, stride: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of indices, one per corner [K, stride], and which three rows each triangle has [F, 3]."""
@@ -328,6 +392,11 @@ def _file_name(uri: str) -> str:
     """An image's URI as a path beside the file; of a path on the exporter's machine the name alone."""
     path = unquote(uri.removeprefix("file://")).replace("\\", "/")
     return path.rpartition("/")[2] if re.match(r"/|[A-Za-z]:", path) else path
+
+
+def _input(skin: Element, place: str, semantic: str) -> Element:
+    """Raises: IndexError if there is none."""
+    return [one for one in skin.findall(f"{place}/input") if one.attrib["semantic"] == semantic][0]
 
 
 def _numbers(text: str | None) -> np.ndarray:

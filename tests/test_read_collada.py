@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import re
+import warnings as python_warnings
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +150,41 @@ def test_textures_by_the_coordinates_that_the_material_names(tmp_path: Path, sam
     assert "t.png' is missing" in warnings[0] and len(warnings) == 1
 
 
+def skinned(joints: str = "a b") -> str:
+    """The triangle, raised by its bind shape and bound to joints at the origin; vertex 3 is in no face."""
+    skin = (
+        '<library_controllers><controller id="k"><skin source="#g"><bind_shape_matrix>1 0 0 0 0 1 0 0 0 0 1 1 0 0 0 1'
+        f'</bind_shape_matrix><source id="j"><Name_array id="j-a">{joints}</Name_array></source>'
+        + source("i", np.stack([np.eye(4).ravel()] * 2))
+        + source("w", [[1.0], [0.5], [3.0]])
+        + '<joints><input semantic="JOINT" source="#j"/><input semantic="INV_BIND_MATRIX" source="#i"/></joints>'
+        '<vertex_weights><input semantic="JOINT" source="#j" offset="0"/>'
+        '<input semantic="WEIGHT" source="#w" offset="1"/>'
+        "<vcount>1 2 2 1</vcount><v>0 0 0 1 1 1 0 0 1 2 -1 0</v></vertex_weights></skin></controller>"
+        "</library_controllers>"
+    )
+    nodes = (
+        '<node><translate>99 0 0</translate><instance_controller url="#k"><skeleton>#A</skeleton>'
+        '</instance_controller></node><node><translate>0 10 0</translate><node id="A" sid="a"><translate>0 10 0'
+        '</translate><node sid="b"><rotate>0 0 1 90</rotate></node></node></node><node sid="b"/>'
+    )
+    return collada(nodes=nodes, more=skin)
+
+
+def test_a_skinned_mesh_is_at_rest(tmp_path: Path) -> None:
+    """Joint a moves by (0, 20, 0), joint b turns x to y besides; the node of the mesh itself does not count."""
+    mesh = read(tmp_path / "a.dae", skinned())
+    # Vertex 1, (1, 0, 1), by half of each; vertex 2, (0, 2, 1), a quarter by a and three quarters by b.
+    wanted = np.array([[0, 20, 1], [0.5, 20.5, 1], [-1.5, 20.5, 1]])
+    assert mesh.triangles[0] == pytest.approx(wanted, abs=1e-5)
+    unbound = skinned().replace("<vcount>1 2 2", "<vcount>1 2 0").replace("0 0 1 2 -1 0<", "-1 0<")
+    assert read(tmp_path / "a.dae", unbound).triangles[0, 2] == pytest.approx([0, 2, 1])  # as its bind shape says
+    warnings: list[str] = []
+    mesh = read(tmp_path / "a.dae", skinned("a nobody"), warnings=warnings)
+    assert "a skin is broken" in warnings[0]
+    assert mesh.triangles[0, 0] == pytest.approx([99, 0, 0])
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -169,6 +207,30 @@ def test_broken_files_are_rejected_with_their_reason(tmp_path: Path, text: str, 
     with pytest.raises(Rejected, match=reason) as caught:
         read(tmp_path / "a.dae", text)
     assert caught.value.hint and "\n" not in caught.value.reason and "Rejected" not in caught.value.reason
+
+
+def test_any_wrong_value_ends_in_a_mesh_or_a_rejection(tmp_path: Path) -> None:
+    """Values of attributes and words of texts are replaced, and NumPy has nothing to say of it."""
+    more = effect('<texture texture="sampler" texcoord="UV"/>', SAMPLER_14, '<image id="img"/>')
+    texts = [skinned(), collada(TEXTURED, f"<node><rotate>1 0 0 9</rotate>{BOUND}</node>", more=more)]
+    values = ["", "-1", "0", "9", "1e300", "nan", "x", "#v", "#g", "#k", "99999999999999999999", "1 2"]
+    good = rejected = 0
+    for seed in range(600):
+        rng = random.Random(seed)
+        text = rng.choice(texts)
+        for _ in range(rng.randint(1, 3)):
+            start, end = rng.choice(
+                [m.span(m.lastindex or 0) for m in re.finditer(r'="([^"]*)"|(?<=[> ])([^<> "=]+)(?=[< ])', text)]
+            )
+            text = text[:start] + rng.choice(values) + text[end:]
+        with python_warnings.catch_warnings():
+            python_warnings.simplefilter("error")
+            try:
+                read(tmp_path / "a.dae", text)
+                good += 1
+            except Rejected:
+                rejected += 1
+    assert good > 50 and rejected > 50
 
 
 def test_limits_hold_before_instances_are_placed(tmp_path: Path) -> None:
