@@ -8,8 +8,10 @@ bounded by the worker process that calls it (`build.py`).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings as python_warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,19 +111,36 @@ def _read_by_trimesh(data: bytes, kind: str, sidecars: Sidecars, limits: Limits,
     if kind == "stl":
         _check_stl(data, limits)
     try:
-        with python_warnings.catch_warnings():
-            python_warnings.simplefilter("ignore")
+        with _silent_trimesh():
             loaded = trimesh.load_scene(
                 io.BytesIO(data), file_type=kind, resolver=_resolver(sidecars, warnings), process=False
             )
-        parts = [part for part in loaded.dump() if isinstance(part, trimesh.Trimesh) and len(part.faces)]
+            parts = [part for part in loaded.dump() if isinstance(part, trimesh.Trimesh) and len(part.faces)]
+            return _merged(parts, limits, warnings)
     except Rejected:
         raise
     except MemoryError:
         raise Rejected("it needs more memory than allowed", "simplify it or leave it out") from None
-    except Exception as error:  # trimesh raises whatever its parsers meet
+    except Exception as error:  # trimesh raises whatever its parsers meet, and passes on arrays of any shape
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise Rejected(f"its {kind.upper()} data cannot be read ({what})") from error
+
+
+@contextlib.contextmanager
+def _silent_trimesh() -> Iterator[None]:
+    """Without what trimesh warns of and logs, tracebacks among it: what matters is said by an exception."""
+    logger = trimesh.util.log
+    before, logger.disabled = logger.disabled, True
+    try:
+        with python_warnings.catch_warnings():
+            python_warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
+
+
+def _merged(parts: list[Any], limits: Limits, warnings: list[str]) -> Mesh:
+    """trimesh geometries as one mesh."""
     if not parts:
         raise Rejected("it has no triangles", "export the meshes too, as triangles", kind="empty")
     textures: dict[int, Material] = {}

@@ -341,6 +341,27 @@ def test_stl_that_lies_about_its_size_is_rejected(tmp_path: Path) -> None:
         read_mesh(tmp_path / "a.stl")
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("v 0\nv 1\nv 2\nf 1 2 3\n", "OBJ data cannot be read .*vertices must have shape"),
+        ("v 0 0\nv 1 0\nv 0 1\nf 1 2 3\n", "OBJ data cannot be read .*vertices must have shape"),
+    ],
+)
+def test_obj_vertices_without_three_coordinates_are_rejected(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "a.obj").write_text(text)
+    with pytest.raises(Rejected, match=reason):
+        read_mesh(tmp_path / "a.obj")
+
+
+def test_what_trimesh_logs_is_not_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its reader of text STL logs a traceback for normals that are no numbers, and goes on."""
+    facet = "facet normal 0 0 x\nouter loop\nvertex 0 0 0\nvertex 1 0 0\nvertex 0 1 0\nendloop\nendfacet\n"
+    (tmp_path / "a.stl").write_text(f"solid a\n{facet}endsolid a\n")
+    assert len(read_mesh(tmp_path / "a.stl").faces) == 1
+    assert not caplog.records
+
+
 def test_limits_and_flat_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.obj"
     path.write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nv 1 1 0\nf 1 2 3\nf 2 3 4\n")
