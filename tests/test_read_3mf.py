@@ -162,4 +162,7 @@ def test_a_bomb_a_chain_and_a_cut_package(tmp_path: Path) -> None:
 
 def test_a_real_file(assets_dir: Path) -> None:
     mesh = read_mesh(assets_dir / "hard" / "files" / "379" / "box.3mf")
-    assert len(mesh.faces) == 12
+    a, b, c = np.moveaxis(mesh.triangles.astype(float), 1, 0)
+    volume = np.einsum("fi,fi->", a, np.cross(b, c)) / 6  # positive: its faces look outwards
+    assert len(mesh.faces) == 12 and volume == pytest.approx(0.01 * 0.02 * 0.03, rel=1e-4)
+    assert np.ptp(mesh.triangles, axis=(0, 1)) == pytest.approx([0.01, 0.03, 0.02])

@@ -249,6 +249,8 @@ def test_real_files(assets_dir: Path) -> None:
     files = assets_dir / "hard" / "files"
     cube = read_mesh(files / "377" / "cube_UTF16LE.dae")
     assert np.ptp(cube.triangles, axis=(0, 1)) == pytest.approx(1) and len(cube.faces) == 12
+    a, b, c = np.moveaxis(cube.triangles.astype(float), 1, 0)
+    assert np.einsum("fi,fi->", a, np.cross(b, c)) / 6 == pytest.approx(1)  # positive: its faces look outwards
     assert cube.albedo(np.array([0]), CENTRE)[0, :3] == pytest.approx([0.137255, 0.403922, 0.870588], abs=1e-5)
     chef = read_mesh(files / "386" / "chr_chef.dae")
     assert np.ptp(chef.triangles, axis=(0, 1)).argmax() == 1  # he stands upright though the file is +Z up
