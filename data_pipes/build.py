@@ -15,8 +15,8 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -31,10 +31,11 @@ from ..errors import UserError
 from ..files import read_json, sha256_json, write_atomic, write_json
 from ..progress import Bar
 from .captions import AssetText, caption_from_name, count_repeated, read_captions
+from .find import Place, find
 from .judging import JudgeSettings, findings, measure
 from .licences import LicenceFilter
 from .limits import Limits, Rejected
-from .read import SUFFIXES, read_mesh
+from .read import read_mesh
 from .render import random_rig, render
 from .sampling import DENSE_SAMPLES, Solid, sample_field, sample_surface
 from .shards import (
@@ -124,8 +125,7 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class _Job:
-    path: str
-    root: str
+    place: Place
     file: str
     uid: str
     text: AssetText
@@ -154,6 +154,9 @@ def build(
 ) -> BuildReport:
     """Make raw shards of all 3D files under a folder. Run again after an interruption, it goes on where it was.
 
+    Archives (.zip, .tar, .tar.gz, .tgz) are read as folders, for which they are unpacked into a temporary one (in
+    TMPDIR), at each run.
+
     Args:
         captions: a captions file, CSV or JSONL (see captions.py); without one, or for files that it leaves out,
             captions are made of file names.
@@ -167,26 +170,34 @@ def build(
     settings, guard, licences = settings or BuildSettings(), guard or Guard(), licences or LicenceFilter()
     if workers < 1 or (limit is not None and limit < 1):
         raise UserError("workers and limit must be at least 1")
-    files = _find(folder, out)
+    with tempfile.TemporaryDirectory(prefix="shapeloom-archives-") as scratch:
+        places = find(folder, out, Path(scratch))
+        return _build(folder, out, places, captions, settings, workers, limit, guard, licences)
+
+
+def _build(
+    folder: Path,
+    out: Path,
+    places: dict[str, Place],
+    captions: str | Path | None,
+    settings: BuildSettings,
+    workers: int,
+    limit: int | None,
+    guard: Guard,
+    licences: LicenceFilter,
+) -> BuildReport:
+    """As `build`, of files that were found."""
+    files = list(places)
     texts = read_captions(captions, files) if captions is not None else {}
     uids = _uids(files)
     if limit is not None and limit < len(files):
         chosen = np.random.default_rng(settings.seed).permutation(len(files))[:limit]
         files = [files[i] for i in sorted(chosen)]
     licences.check_given(text.licence for text in texts.values())
-    identity = _identity(folder, files, texts, settings, licences)
+    identity = _identity(places, files, texts, settings, licences)
     begin_folder(out, format=RAW_FORMAT, settings=identity)
     jobs = [
-        _Job(
-            str(folder / file),
-            str(folder),
-            file,
-            uids[file],
-            texts.get(file, AssetText()),
-            settings,
-            guard.limits,
-            licences,
-        )
+        _Job(places[file], file, uids[file], texts.get(file, AssetText()), settings, guard.limits, licences)
         for file in files
     ]
     chunks = [jobs[start : start + settings.shard_size] for start in range(0, len(jobs), settings.shard_size)]
@@ -200,26 +211,6 @@ def build(
             f"{first['reason']}; {out / 'rejected.jsonl'} lists them all"
         )
     return report
-
-
-def _find(folder: Path, out: Path) -> list[str]:
-    """3D files under `folder`, relative with "/", sorted; hidden ones and those in `out` left out."""
-    if not folder.exists():
-        raise UserError(f"the folder {folder} does not exist")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file, not a folder of 3D files: give the folder that it is in")
-    out = out.resolve()
-    files = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and (Path(place) / name).resolve() != out]
-        files += [
-            (Path(place) / name).relative_to(folder).as_posix()
-            for name in names
-            if not name.startswith(".") and name.lower().endswith(SUFFIXES)
-        ]
-    if not files:
-        raise UserError(f"the folder {folder} has no 3D files: put {', '.join(SUFFIXES)} files into it")
-    return sorted(files)
 
 
 def _uids(files: list[str]) -> dict[str, str]:
@@ -236,10 +227,14 @@ def _uids(files: list[str]) -> dict[str, str]:
 
 
 def _identity(
-    folder: Path, files: list[str], texts: dict[str, AssetText], settings: BuildSettings, licences: LicenceFilter
+    places: dict[str, Place],
+    files: list[str],
+    texts: dict[str, AssetText],
+    settings: BuildSettings,
+    licences: LicenceFilter,
 ) -> dict[str, Any]:
     """Everything the bytes depend on; files by name and size, since hashing them all would read them twice."""
-    listing = [(file, (folder / file).stat().st_size, asdict(texts.get(file, AssetText()))) for file in files]
+    listing = [(file, places[file].path.stat().st_size, asdict(texts.get(file, AssetText()))) for file in files]
     return {
         "maker": "data build",
         "recipe": RECIPE,
@@ -254,11 +249,13 @@ def _identity(
 
 def _build_asset(job: _Job) -> _Built | Rejected:
     """Runs in a worker."""
+    if job.place.refused is not None:
+        return job.place.refused
     if refusal := job.licences.refusal(job.text.licence):
         return refusal
     warnings: list[str] = []
     try:
-        mesh = read_mesh(job.path, job.limits, root=job.root, warnings=warnings)
+        mesh = read_mesh(job.place.path, job.limits, root=job.place.root, warnings=warnings)
     except Rejected as rejected:
         return rejected
     mesh, transform = mesh.normalised()
@@ -276,7 +273,7 @@ def _build_asset(job: _Job) -> _Built | Rejected:
         if kind in found:
             return Rejected(found[kind], f"mend it, or take '{kind}' out of judge.reject")
     warnings += found.values()
-    sha256 = hashlib.sha256(Path(job.path).read_bytes()).hexdigest()
+    sha256 = hashlib.sha256(job.place.path.read_bytes()).hexdigest()
     members = encode_raw_sample(
         job.uid,
         captions=_captions(job.file, job.text),

@@ -1,4 +1,6 @@
-"""Reads a 3D file from outside into one coloured mesh: glTF by `gltf.py`, OBJ, OFF, PLY and STL through trimesh.
+"""Reads a 3D file from outside into one coloured mesh.
+
+glTF by `gltf.py`, 3MF by `threemf.py`, COLLADA by `collada.py`; OBJ, OFF, PLY and STL through trimesh.
 
 Every file is taken as hostile. What a reader cannot bound from within (time, memory, a crash in a native library) is
 bounded by the worker process that calls it (`build.py`).
@@ -6,8 +8,10 @@ bounded by the worker process that calls it (`build.py`).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings as python_warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +19,16 @@ import numpy as np
 import trimesh
 from trimesh.resolvers import Resolver
 
+from .collada import read_collada
 from .gltf import read_gltf
 from .limits import Limits, Rejected, Sidecars
 from .mesh import Material, Mesh, merge, srgb_to_linear
+from .threemf import read_3mf
 
 __all__ = ["SUFFIXES", "Limits", "Rejected", "read_mesh"]
 
 VERSION = 1  # of what meshes come out: it changes with anything that changes them, so that no cache outlives it
-SUFFIXES = (".glb", ".gltf", ".obj", ".off", ".ply", ".stl")
+SUFFIXES = (".3mf", ".dae", ".glb", ".gltf", ".obj", ".off", ".ply", ".stl")
 
 
 def read_mesh(
@@ -33,14 +39,15 @@ def read_mesh(
     warnings: list[str] | None = None,
     sidecars: dict[str, str | None] | None = None,
 ) -> Mesh:
-    """Read a GLB, glTF, OBJ, OFF, PLY or STL file.
+    """Read a 3MF, COLLADA (.dae), GLB, glTF, OBJ, OFF, PLY or STL file.
 
     Args:
         limits: on sizes; more is refused before it is decoded where the format allows.
         root: files that it names (textures, buffers) must lie in here; its own folder by default.
         warnings: gets a sentence for everything that was left out but does not spoil the mesh.
         sidecars: gets name and sha256 of every file that it names, None for one that is not there.
-    Returns: all triangles of the file's scene in its own frame and units, at rest where it is animated.
+    Returns: all triangles of the file's scene, at rest where it is animated. Formats that say what is up and how long
+        a unit is (3MF, COLLADA, glTF) come out +Y up and in metres, the others in the file's own frame and units.
     Raises: Rejected, with a reason and a hint.
     """
     path = Path(path)
@@ -51,13 +58,20 @@ def read_mesh(
     if sidecars is not None:
         beside.hashes = sidecars
     suffix = path.suffix.lower()
-    if suffix in (".glb", ".gltf"):
-        mesh = read_gltf(data, beside, limits, warnings)
-    elif suffix in SUFFIXES:
-        mesh = _read_by_trimesh(data, suffix[1:], beside, limits, warnings)
-    else:
-        raise Rejected(f"{suffix or 'a file without suffix'} is not a format read here", f"convert it to {SUFFIXES[0]}")
-    return _checked(mesh, limits)
+    # Numbers too large for float32 are found where the result is checked; NumPy's word on them is no use to anybody.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if suffix in (".glb", ".gltf"):
+            mesh = read_gltf(data, beside, limits, warnings)
+        elif suffix == ".dae":
+            mesh = read_collada(data, beside, limits, warnings)
+        elif suffix == ".3mf":
+            mesh = read_3mf(data, limits, warnings)
+        elif suffix in SUFFIXES:
+            mesh = _read_by_trimesh(data, suffix[1:], beside, limits, warnings)
+        else:
+            what = suffix or "a file without suffix"
+            raise Rejected(f"{what} is not a format read here", "convert it to .glb")
+        return _checked(mesh, limits)
 
 
 def _bytes(path: Path, limits: Limits) -> bytes:
@@ -97,19 +111,36 @@ def _read_by_trimesh(data: bytes, kind: str, sidecars: Sidecars, limits: Limits,
     if kind == "stl":
         _check_stl(data, limits)
     try:
-        with python_warnings.catch_warnings():
-            python_warnings.simplefilter("ignore")
+        with _silent_trimesh():
             loaded = trimesh.load_scene(
                 io.BytesIO(data), file_type=kind, resolver=_resolver(sidecars, warnings), process=False
             )
-        parts = [part for part in loaded.dump() if isinstance(part, trimesh.Trimesh) and len(part.faces)]
+            parts = [part for part in loaded.dump() if isinstance(part, trimesh.Trimesh) and len(part.faces)]
+            return _merged(parts, limits, warnings)
     except Rejected:
         raise
     except MemoryError:
         raise Rejected("it needs more memory than allowed", "simplify it or leave it out") from None
-    except Exception as error:  # trimesh raises whatever its parsers meet
+    except Exception as error:  # trimesh raises whatever its parsers meet, and passes on arrays of any shape
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise Rejected(f"its {kind.upper()} data cannot be read ({what})") from error
+
+
+@contextlib.contextmanager
+def _silent_trimesh() -> Iterator[None]:
+    """Without what trimesh warns of and logs, tracebacks among it: what matters is said by an exception."""
+    logger = trimesh.util.log
+    before, logger.disabled = logger.disabled, True
+    try:
+        with python_warnings.catch_warnings():
+            python_warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
+
+
+def _merged(parts: list[Any], limits: Limits, warnings: list[str]) -> Mesh:
+    """trimesh geometries as one mesh."""
     if not parts:
         raise Rejected("it has no triangles", "export the meshes too, as triangles", kind="empty")
     textures: dict[int, Material] = {}

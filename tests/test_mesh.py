@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import struct
+import warnings as python_warnings
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,16 @@ def test_hostile_gltf_is_rejected_with_its_reason(tmp_path: Path, spoil: Any, re
     assert caught.value.hint and "\n" not in caught.value.reason
 
 
+def test_numbers_too_large_for_float32_are_rejected_in_one_sentence_of_ours(tmp_path: Path) -> None:
+    gltf = GltfFile()
+    gltf.header["materials"] = [{"pbrMetallicRoughness": {"baseColorFactor": [1e308, 1, 1, 1]}}]
+    gltf.primitive["material"] = 0
+    with python_warnings.catch_warnings():
+        python_warnings.simplefilter("error")
+        with pytest.raises(Rejected, match="must be 4 finite numbers"):
+            read_mesh(gltf.write(tmp_path / "a.gltf"))
+
+
 def test_a_cut_glb_says_so(tmp_path: Path) -> None:
     whole = trimesh.creation.box().export(file_type="glb")
     path = tmp_path / "a.glb"
@@ -328,6 +339,27 @@ def test_stl_that_lies_about_its_size_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.stl").write_bytes(whole[:80] + struct.pack("<I", 2**32 - 1) + whole[84:])
     with pytest.raises(Rejected, match="4,294,967,295 triangles"):
         read_mesh(tmp_path / "a.stl")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("v 0\nv 1\nv 2\nf 1 2 3\n", "OBJ data cannot be read .*vertices must have shape"),
+        ("v 0 0\nv 1 0\nv 0 1\nf 1 2 3\n", "OBJ data cannot be read .*vertices must have shape"),
+    ],
+)
+def test_obj_vertices_without_three_coordinates_are_rejected(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "a.obj").write_text(text)
+    with pytest.raises(Rejected, match=reason):
+        read_mesh(tmp_path / "a.obj")
+
+
+def test_what_trimesh_logs_is_not_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its reader of text STL logs a traceback for normals that are no numbers, and goes on."""
+    facet = "facet normal 0 0 x\nouter loop\nvertex 0 0 0\nvertex 1 0 0\nvertex 0 1 0\nendloop\nendfacet\n"
+    (tmp_path / "a.stl").write_text(f"solid a\n{facet}endsolid a\n")
+    assert len(read_mesh(tmp_path / "a.stl").faces) == 1
+    assert not caplog.records
 
 
 def test_limits_and_flat_nothing(tmp_path: Path) -> None:
