@@ -134,20 +134,8 @@ def run(
     Returns: what results.json holds; None on other ranks than the first, and for a shard.
     Raises: UserError for whatever is wrong with prompts, objects, evaluators, protocol or settings.
     """
-    if (generated is None) == (pipeline is None):
-        raise UserError(
-            "give either --generated FOLDER, objects that are there, or --pipeline FOLDER, which makes them"
-        )
-    if not evaluators or len(set(evaluators)) != len(evaluators):
-        raise UserError("give at least one --evaluator, and each once; shapeloom eval ls shows those there are")
-    if seeds is not None and (not seeds or len(set(seeds)) != len(seeds)):
-        raise UserError(f"give at least one seed and each once, got {list(seeds)}")
     clock, ranks, out = Clock(), Ranks.of_this_process(shard), Path(out)
-    if pipeline is not None and not ranks.joined:
-        raise UserError(
-            "--shard takes objects that are there: make them with --pipeline and no --shard first, then give their "
-            "folder in OUT/generated as --generated"
-        )
+    _refuse_wrong_options(generated, pipeline, evaluators, seeds, ranks)
     workers = max(1, workers // ranks.on_this_machine)
     device = device or ranks.device()
     kept = Path(cache_folder) if cache_folder else out / "cache"
@@ -201,6 +189,28 @@ def run(
             notes=[*inputs.notes, *_notes(rows, shown, chosen)],
         )
     return write_results(out, results, placed, chosen, inputs.found, _thumbnails(rows, shown, renders), clock.to_json)
+
+
+def _refuse_wrong_options(
+    generated: str | Path | None,
+    pipeline: str | Path | None,
+    evaluators: Sequence[str],
+    seeds: Sequence[int] | None,
+    ranks: Ranks,
+) -> None:
+    if (generated is None) == (pipeline is None):
+        raise UserError(
+            "give either --generated FOLDER, objects that are there, or --pipeline FOLDER, which makes them"
+        )
+    if not evaluators or len(set(evaluators)) != len(evaluators):
+        raise UserError("give at least one --evaluator, and each once; shapeloom eval ls shows those there are")
+    if seeds is not None and (not seeds or len(set(seeds)) != len(seeds)):
+        raise UserError(f"give at least one seed and each once, got {list(seeds)}")
+    if pipeline is not None and not ranks.joined:
+        raise UserError(
+            "--shard takes objects that are there: make them with --pipeline and no --shard first, then give their "
+            "folder in OUT/generated as --generated"
+        )
 
 
 def _independence(
