@@ -14,7 +14,7 @@ import numpy as np
 
 from .prompts import Prompt
 from .schema import METRICS, Interval
-from .statistics import chance_scores, cluster_bootstrap, rank_scores, two_way
+from .statistics import chance_scores, cluster_bootstrap, margins, rank_scores, two_way
 
 __all__ = [
     "Objects",
@@ -238,8 +238,9 @@ def _metrics(cosines_KVN: np.ndarray, hits_KN: np.ndarray) -> tuple[np.ndarray, 
     flat_QN, hits_QN = cosines_KVN.reshape(-1, n_items), np.repeat(hits_KN, n_views, axis=0)
     ranks = rank_scores(flat_QN, hits_QN)
     own_Q = np.where(hits_QN, flat_QN, -np.inf).max(axis=1)
-    wrong_Q = np.where(hits_QN, -np.inf, flat_QN).max(axis=1)
-    margin_Q = np.where(np.isfinite(wrong_Q), own_Q - wrong_Q, np.nan)  # none where every caption is right
+    has_wrong_Q = ~hits_QN.all(axis=1)
+    margin_Q = np.full(len(own_Q), np.nan)  # none where every caption is right
+    margin_Q[has_wrong_Q] = margins(flat_QN[has_wrong_Q], hits_QN[has_wrong_Q])
     columns = [*(ranks.recall(k) for k in (1, 5, 10)), ranks.reciprocal(), own_Q, margin_Q]
     return np.stack(columns, axis=-1).reshape(n_objects, n_views, -1), ranks.expected().reshape(n_objects, n_views)
 
