@@ -36,18 +36,18 @@ REPAIR_PTH = f"import {REPAIR_NAME}; {REPAIR_NAME}.install()\n"
 REQUIRED = (
     *("torch", "torchvision", "accelerate", "diffusers", "transformers", "safetensors", "open_clip_torch"),
     *("webdataset", "trimesh", "embreex", "DracoPy", "scipy", "scikit-image", "numpy", "Pillow"),
-    *("pydantic", "PyYAML", "typer", "rich", "tensorboard", "packaging", "peft"),
+    *("pydantic", "PyYAML", "typer", "rich", "tensorboard", "packaging", "peft", "numba", "fsspec"),
 )
 EXTRAS = {
     "deepspeed": ("deepspeed",),
     "xformers": ("xformers",),
-    "gpu": ("moderngl", "warp-lang"),
+    "usd": ("usd-core",),
     "export": ("xatlas", "fast-simplification", "usd-core"),
     "eval": ("torchmetrics", "lpips"),
     "ray": ("ray",),
     "viewer": ("viser",),
     "wandb": ("wandb",),
-    "dev": ("pytest", "pytest-xdist", "pytest-timeout", "ruff", "mypy"),
+    "dev": ("pytest", "pytest-xdist", "pytest-timeout", "ruff", "mypy", "ray", "usd-core"),
 }
 
 PROBES = {
