@@ -119,12 +119,19 @@ def read_json(path: str | Path, what: str = "file", *, limit_bytes: int = 256 <<
         raise UserError(f"{what} {path} is not UTF-8 text, so it is not JSON") from None
     except OSError as error:
         raise UserError(f"{what} {path} cannot be read ({error.strerror or error})") from None
+    return parse_json(text, f"{what} {path}")
+
+
+def parse_json(text: str | bytes, what: str) -> Any:
+    """JSON from outside. Raises UserError that begins with `what`."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{what} {path} is not valid JSON (line {error.lineno}: {error.msg})") from None
+        raise UserError(f"{what} is not valid JSON (line {error.lineno}: {error.msg})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{what} is not UTF-8 text, so it is not JSON") from None
     except RecursionError:
-        raise UserError(f"{what} {path} is not valid JSON (nested too deeply)") from None
+        raise UserError(f"{what} is not valid JSON (nested too deeply)") from None
 
 
 def _umask() -> int:

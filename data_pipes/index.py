@@ -24,7 +24,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..files import write_atomic
 
 __all__ = ["INDEX", "Index"]
 
@@ -82,14 +81,14 @@ class Index:
             layouts=layouts,
         )
 
-    def write(self, path: Path) -> dict[str, Any]:
-        """Write the columns; returns what the manifest must keep."""
+    def encode(self) -> tuple[bytes, dict[str, Any]]:
+        """The file's bytes, and what the manifest must keep."""
         buffer = io.BytesIO()
         for column in self._columns():
             np.save(buffer, column)
-        data = buffer.getbuffer()
-        write_atomic(path, data)  # type: ignore[arg-type]
-        return {"bytes": len(data), "splits": list(self.splits), "layouts": [list(names) for names in self.layouts]}
+        data = buffer.getvalue()
+        kept = {"bytes": len(data), "splits": list(self.splits), "layouts": [list(names) for names in self.layouts]}
+        return data, kept
 
     @classmethod
     def read(cls, path: Path, kept: dict[str, Any]) -> Index:

@@ -31,11 +31,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..files import ASIDE, read_json, sha256_file, sha256_json, write_atomic, write_json
+from ..files import ASIDE, parse_json, read_json, sha256_file, sha256_json
 from .index import INDEX, Index
 from .raw_sample import decode_json, encode_raw_sample
+from .store import LocalStore, Store, store_at
 
 __all__ = [
+    "FinishedShard",
     "LATENT_FORMAT",
     "MANIFEST",
     "RAW_FORMAT",
@@ -77,8 +79,12 @@ class ShardInfo:
     sha256: str
 
 
+def index_name(shard: str) -> str:
+    return shard.removesuffix(".tar") + ".index.json"
+
+
 def index_path(shard: Path) -> Path:
-    return shard.with_name(shard.name.removesuffix(".tar") + ".index.json")
+    return shard.with_name(index_name(shard.name))
 
 
 def crc32(parts: Iterable[bytes]) -> int:
@@ -90,19 +96,23 @@ def crc32(parts: Iterable[bytes]) -> int:
 
 
 class ShardWriter:
-    """Writes one shard: aside first, renamed when the block ends without an exception.
+    """Writes one shard: aside first, under its name when the block ends without an exception.
 
     Example::
 
         with ShardWriter(out / "shard-00000.tar") as writer:
             writer.write(uid, members, "train")
         writer.info
+
+    Args:
+        path: of the shard, or its name in `store`.
+        store: where it goes; the folder that `path` is in by default.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, store: Store | None = None) -> None:
+        self.store: Store = LocalStore(Path(path).parent) if store is None else store
+        self.name = Path(path).name
         self.info: ShardInfo | None = None
-        self._aside = self.path.with_name(f"{self.path.name}{ASIDE}{os.getpid()}")
         self._members: dict[str, dict[str, tuple[int, int]]] = {}
         self._splits: dict[str, str] = {}
         self._crc32: dict[str, int] = {}
@@ -110,7 +120,7 @@ class ShardWriter:
         self._size = 0
 
     def __enter__(self) -> ShardWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._aside = self.store.compose(self.name)
         self._file = open(self._aside, "wb")
         return self
 
@@ -119,7 +129,7 @@ class ShardWriter:
         if not _UID.fullmatch(uid):
             raise ValueError(f"uid {uid!r} must be 1 to 200 letters, digits, '_' or '-'")
         if uid in self._members:
-            raise ValueError(f"uid {uid!r} is written twice into {self.path.name}")
+            raise ValueError(f"uid {uid!r} is written twice into {self.name}")
         places = self._members[uid] = {}
         self._splits[uid], self._crc32[uid] = split, crc32(members.values())
         for suffix, data in members.items():
@@ -144,11 +154,11 @@ class ShardWriter:
             self._discard()
             return
         self._file.close()
-        index_path(self.path).unlink(missing_ok=True)  # never an index beside a tar it does not describe
-        os.replace(self._aside, self.path)
-        self.info = ShardInfo(self.path.name, len(self._members), self._size, self._sha256.hexdigest())
+        self.store.delete(index_name(self.name))  # never an index beside a tar it does not describe
+        self.store.publish(self._aside, self.name)
+        self.info = ShardInfo(self.name, len(self._members), self._size, self._sha256.hexdigest())
         index = {**asdict(self.info), "splits": self._splits, "crc32": self._crc32, "members": self._members}
-        write_atomic(index_path(self.path), json.dumps(index, separators=(",", ":")))  # in the order written
+        self.store.write(index_name(self.name), json.dumps(index, separators=(",", ":")))  # in the order written
 
     @contextlib.contextmanager
     def _naming_the_shard(self) -> Iterator[None]:
@@ -156,7 +166,7 @@ class ShardWriter:
         try:
             yield
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
+            raise OSError(error.errno, error.strerror, self.store.where(self.name)) from None
 
     def _discard(self) -> None:
         with contextlib.suppress(OSError):  # on a full disk, closing tries once more to write what is buffered
@@ -168,6 +178,29 @@ class ShardWriter:
             self._file.write(data)
         self._sha256.update(data)
         self._size += len(data)
+
+
+class FinishedShard:
+    """A finished shard in a folder that is being added to, for its samples to be copied.
+
+    Args:
+        tar: the shard as a local file.
+        index: what its index.json holds.
+    """
+
+    def __init__(self, tar: Path, index: bytes) -> None:
+        self._tar, self._index = tar, json.loads(index)
+
+    def read(self, uid: str) -> dict[str, bytes]:
+        """Members of a sample as they were written. Raises UserError if they are not what was written."""
+        members = {}
+        with open(self._tar, "rb") as file:
+            for suffix, (offset, size) in self._index["members"][uid].items():
+                file.seek(offset)
+                members[suffix] = file.read(size)
+        if crc32(members.values()) != self._index["crc32"][uid]:
+            raise UserError(f"{uid} in {self._index['name']} is damaged: delete that shard and build it again")
+        return members
 
 
 def finished_shard(path: str | Path) -> ShardInfo | None:
@@ -183,30 +216,39 @@ def finished_shard(path: str | Path) -> ShardInfo | None:
     return info if info.name == path.name and info.bytes == path.stat().st_size else None
 
 
-def begin_folder(out: str | Path, *, format: str, settings: dict[str, Any]) -> None:
+def begin_folder(out: str | Path | Store, *, format: str, settings: dict[str, Any]) -> None:
     """Claim `out` for shards of these settings; an unfinished or finished run of the same settings may go on in it.
 
     Raises: UserError if `out` holds anything else.
     """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: give another output folder")
-    manifest = out / MANIFEST
-    if manifest.exists():
-        there = read_json(manifest, "the manifest")
+    store = store_at(out)
+    if isinstance(store, LocalStore) and store.folder.exists() and not store.folder.is_dir():
+        raise UserError(f"{store.where()} is a file: give another output folder")
+    there = stored_manifest(store)
+    if there is not None:
         if not isinstance(there, dict) or there.get("format") != format:
-            raise UserError(f"{out} holds data of another format: give another output folder, or delete it")
+            raise UserError(f"{store.where()} holds data of another format: give another output folder, or delete it")
         if there.get("settings_hash") != sha256_json(settings):
             differs = _first_difference(there.get("settings"), settings)
-            raise UserError(f"{out} was made with other settings ({differs}): give another output folder, or delete it")
+            raise UserError(
+                f"{store.where()} was made with other settings ({differs}): give another output folder, or delete it"
+            )
         return
-    if out.exists() and any(ASIDE not in entry.name for entry in out.iterdir()):
-        raise UserError(f"{out} is not empty and has no {MANIFEST}: give another output folder")
-    write_manifest(out, format=format, settings=settings, shards=[], counts={}, complete=False)
+    if not store.is_new():
+        raise UserError(f"{store.where()} is not empty and has no {MANIFEST}: give another output folder")
+    write_manifest(store, format=format, settings=settings, shards=[], counts={}, complete=False)
+
+
+def stored_manifest(store: Store) -> Any:
+    """What the manifest holds, or None if there is none. Raises UserError if it is no JSON."""
+    try:
+        return parse_json(store.read(MANIFEST), f"the manifest {store.where(MANIFEST)}")
+    except FileNotFoundError:
+        return None
 
 
 def write_manifest(
-    out: str | Path,
+    out: str | Path | Store,
     *,
     format: str,
     settings: dict[str, Any],
@@ -223,11 +265,12 @@ def write_manifest(
         extra: more keys.
     Raises: UserError if two samples have one uid.
     """
-    shards, kept = list(shards), None
+    store, shards, kept = store_at(out), list(shards), None
     if complete:
-        index = _folder_index(Path(out), [asdict(shard) for shard in shards])
-        _refuse_twins(Path(out), index)
-        kept = index.write(Path(out) / INDEX)
+        index = _folder_index(store, [asdict(shard) for shard in shards])
+        _refuse_twins(store.where(), index)
+        data, kept = index.encode()
+        store.write(INDEX, data)
     manifest = {
         "format": format,
         "complete": complete,
@@ -238,10 +281,11 @@ def write_manifest(
         **({"index": kept} if kept else {}),
         "shards": [asdict(shard) for shard in shards],
     }
-    write_json(Path(out) / MANIFEST, manifest)
+    store.write(MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     if complete:
-        for left_by_a_killed_run in Path(out).glob(f"*{ASIDE}*"):
-            left_by_a_killed_run.unlink(missing_ok=True)
+        for name in store.sizes():
+            if ASIDE in name:  # left by a killed run
+                store.delete(name)
     return manifest
 
 
@@ -406,7 +450,7 @@ class ShardFolder:
                 return index
         except (OSError, KeyError, TypeError, ValueError):
             pass
-        index = _folder_index(self.folder, shards)
+        index = _folder_index(LocalStore(self.folder), shards)
         _refuse_twins(self.folder, index)
         return index
 
@@ -423,23 +467,28 @@ class ShardFolder:
         return self.folder / Path(self.manifest["shards"][number]["name"]).name
 
 
-def _folder_index(folder: Path, shards: list[dict[str, Any]]) -> Index:
+def _folder_index(store: Store, shards: list[dict[str, Any]]) -> Index:
     """From each shard's index.json. Raises UserError for one that is missing, damaged or of another shard."""
 
     def part(shard: dict[str, Any]) -> Index:
-        path = index_path(folder / Path(str(shard["name"])).name)
-        contents = read_json(path, "the shard index")
+        name = index_name(Path(str(shard["name"])).name)
+        try:
+            contents = parse_json(store.read(name), f"the shard index {store.where(name)}")
+        except FileNotFoundError:
+            raise UserError(f"the shard index {store.where(name)} does not exist") from None
         try:
             belongs, index = contents["sha256"] == shard["sha256"], Index.of_shard(contents)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error!r}): delete it and build the shard again") from None
+            raise UserError(
+                f"{store.where(name)} is damaged ({error!r}): delete it and build the shard again"
+            ) from None
         if not belongs or len(index) != shard["samples"]:
-            raise UserError(f"{path} belongs to another shard: delete both and build them again")
+            raise UserError(f"{store.where(name)} belongs to another shard: delete both and build them again")
         return index
 
     return Index.joined(map(part, shards))
 
 
-def _refuse_twins(folder: Path, index: Index) -> None:
+def _refuse_twins(folder: str | Path, index: Index) -> None:
     if len(np.unique(index.uid)) != len(index):
         raise UserError(f"{folder} holds a uid twice: build it again")
