@@ -1,0 +1,215 @@
+"""Where shards are written to: a local folder, or any that fsspec knows by a URL (s3://, gs://, memory://, ...).
+
+Either way a file is under its final name whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import UserError
+from ..files import ASIDE, write_atomic
+
+__all__ = ["LocalStore", "RemoteStore", "Store", "is_url", "open_filesystem", "store_at"]
+
+# Here an upload shows once it is whole, so that it needs no name beside the final one.
+_WHOLE_UPLOADS = {"s3", "s3a", "gs", "gcs", "abfs", "az", "adl", "oss", "memory"}
+
+
+class Store(Protocol):
+    """A folder of files, each with a name relative to it ("parts/shard-00000.json")."""
+
+    def where(self, name: str = "") -> str:
+        """The folder, or a file in it, as users know it."""
+
+    def is_new(self) -> bool:
+        """Whether there is nothing in it, but for what a killed run wrote aside."""
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Bytes of the files that lie directly in a folder, by name; none if it does not exist."""
+
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError."""
+
+    def write(self, name: str, data: bytes | str) -> None:
+        """A small file."""
+
+    def compose(self, name: str) -> Path:
+        """A new local path to write a large file to, for `publish`."""
+
+    def publish(self, composed: Path, name: str) -> None:
+        """Give a composed file its name in here."""
+
+    def local(self, name: str) -> contextlib.AbstractContextManager[Path]:
+        """A file as a local one, to be read. Raises FileNotFoundError."""
+
+    def delete(self, name: str) -> None:
+        """Without complaint where it is not there."""
+
+
+def store_at(out: str | Path | Store) -> Store:
+    """The store that a path or a URL names. Raises UserError for a URL that cannot be used, or a path to a file."""
+    if not isinstance(out, (str, Path)):
+        return out
+    if is_url(out):
+        store = RemoteStore(str(out))
+        _ = store.filesystem  # a wrong one is told now
+        return store
+    return LocalStore(Path(out))
+
+
+def is_url(path: str | Path) -> bool:
+    return isinstance(path, str) and "://" in path
+
+
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's filesystem of a URL, and the path in it.
+
+    Raises: UserError for an unknown protocol, or one whose driver is not installed.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:  # fsspec's text names the package
+        raise UserError(f"{url} cannot be opened: {_line(error)}") from None
+    except Exception as error:  # each protocol has its own
+        raise UserError(f"{url} cannot be opened ({_line(error)}): check its spelling and your credentials") from None
+
+
+@dataclass(frozen=True)
+class LocalStore:
+    """A folder on this machine's disks."""
+
+    folder: Path
+
+    def where(self, name: str = "") -> str:
+        return str(self.folder / name)
+
+    def is_new(self) -> bool:
+        return not self.folder.exists() or all(ASIDE in entry.name for entry in self.folder.iterdir())
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        return {}
+
+    def read(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+    def write(self, name: str, data: bytes | str) -> None:
+        write_atomic(self.folder / name, data)
+
+    def compose(self, name: str) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / f"{name}{ASIDE}{os.getpid()}"
+
+    def publish(self, composed: Path, name: str) -> None:
+        os.replace(composed, self.folder / name)
+
+    @contextlib.contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        if not (self.folder / name).is_file():
+            raise FileNotFoundError(self.folder / name)
+        yield self.folder / name
+
+    def delete(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class RemoteStore:
+    """A folder at a URL. Large files are put together in TMPDIR, one at a time."""
+
+    url: str
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        return open_filesystem(self.url)
+
+    @property
+    def filesystem(self) -> Any:
+        return self._opened[0]
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"url": self.url}  # a connection does not travel
+
+    def where(self, name: str = "") -> str:
+        return f"{self.url.rstrip('/')}/{name}" if name else self.url
+
+    def is_new(self) -> bool:
+        return all(ASIDE in entry["name"] for entry in self._listed(""))
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        listed = self._listed(folder)
+        files = [entry for entry in listed if entry["type"] == "file"]
+        return {posixpath.basename(entry["name"]): entry["size"] for entry in files}
+
+    def read(self, name: str) -> bytes:
+        return self.filesystem.cat_file(self._path(name))
+
+    def write(self, name: str, data: bytes | str) -> None:
+        with self._whole(name) as path:
+            self.filesystem.pipe_file(path, data.encode() if isinstance(data, str) else data)
+
+    def compose(self, name: str) -> Path:
+        handle, path = tempfile.mkstemp(prefix=f"{posixpath.basename(name)}{ASIDE}")
+        os.close(handle)
+        return Path(path)
+
+    def publish(self, composed: Path, name: str) -> None:
+        with self._whole(name) as path:
+            self.filesystem.put_file(str(composed), path)
+        composed.unlink()
+
+    @contextlib.contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        copy = self.compose(name)
+        try:
+            self.filesystem.get_file(self._path(name), str(copy))
+            yield copy
+        finally:
+            copy.unlink(missing_ok=True)
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.rm_file(self._path(name))
+
+    def _listed(self, folder: str) -> list[dict[str, Any]]:
+        self.filesystem.invalidate_cache()
+        with contextlib.suppress(FileNotFoundError):
+            return self.filesystem.ls(self._path(folder), detail=True)
+        return []
+
+    def _path(self, name: str) -> str:
+        return posixpath.join(self._opened[1].rstrip("/"), name).rstrip("/")
+
+    @contextlib.contextmanager
+    def _whole(self, name: str) -> Iterator[str]:
+        """Where to upload to; it has its final name afterwards."""
+        final = self._path(name)
+        self.filesystem.makedirs(posixpath.dirname(final), exist_ok=True)
+        protocol = self.filesystem.protocol
+        if _WHOLE_UPLOADS.intersection((protocol,) if isinstance(protocol, str) else protocol):
+            yield final
+            return
+        aside = f"{final}{ASIDE}{os.getpid()}"
+        try:
+            yield aside
+            self.filesystem.mv(aside, final)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.filesystem.rm_file(aside)
+            raise
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
