@@ -29,9 +29,27 @@ class Place:
     path: Path
     root: Path
     refused: Rejected | None = None
+    fetch = None
+
+    @property
+    def stamp(self):
+        s = self.path.stat()
+        return [s.st_size, s.st_mtime_ns]
+
+    def sidecar_stamp(self, name):
+        import os
+        try:
+            s = os.stat(self.path.parent / name)
+            return [s.st_size, s.st_mtime_ns]
+        except OSError:
+            return None
+
+    def local(self, limits=None):
+        import contextlib
+        return contextlib.nullcontext((self.path, self.root))
 
 
-def find(folder: Path, leave_out: Path, scratch: Path, archives: ArchiveLimits | None = None) -> dict[str, Place]:
+def find(folder: Path, leave_out: Path | None, scratch: Path, archives: ArchiveLimits | None = None) -> dict[str, Place]:
     """3D files under a folder by name, sorted: relative with "/", and ARCHIVE/inner/file for what an archive holds.
 
     Args:
@@ -63,8 +81,8 @@ def find(folder: Path, leave_out: Path, scratch: Path, archives: ArchiveLimits |
     return dict(sorted(places.items()))
 
 
-def _walk(folder: Path, leave_out: Path, suffixes: Sequence[str]) -> list[str]:
-    leave_out = leave_out.resolve()
+def _walk(folder: Path, leave_out: Path | None, suffixes: Sequence[str]) -> list[str]:
+    leave_out = leave_out and leave_out.resolve()
     files = []
     for place, folders, names in os.walk(folder):
         folders[:] = [

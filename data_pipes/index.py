@@ -24,7 +24,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-
 __all__ = ["INDEX", "Index"]
 
 INDEX = "index.bin"

@@ -23,7 +23,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,11 +107,16 @@ class ShardWriter:
     Args:
         path: of the shard, or its name in `store`.
         store: where it goes; the folder that `path` is in by default.
+        record: called with what is known of the shard when it is written and not yet in its place: a record made
+            by it exists for every finished shard.
     """
 
-    def __init__(self, path: str | Path, store: Store | None = None) -> None:
+    def __init__(
+        self, path: str | Path, store: Store | None = None, record: Callable[[ShardInfo], None] | None = None
+    ) -> None:
         self.store: Store = LocalStore(Path(path).parent) if store is None else store
         self.name = Path(path).name
+        self._record = record
         self.info: ShardInfo | None = None
         self._members: dict[str, dict[str, tuple[int, int]]] = {}
         self._splits: dict[str, str] = {}
@@ -154,9 +159,15 @@ class ShardWriter:
             self._discard()
             return
         self._file.close()
-        self.store.delete(index_name(self.name))  # never an index beside a tar it does not describe
-        self.store.publish(self._aside, self.name)
         self.info = ShardInfo(self.name, len(self._members), self._size, self._sha256.hexdigest())
+        self.store.delete(index_name(self.name))  # never an index beside a tar it does not describe
+        try:
+            if self._record is not None:
+                self._record(self.info)
+            self.store.publish(self._aside, self.name)
+        except BaseException:
+            self._discard()
+            raise
         index = {**asdict(self.info), "splits": self._splits, "crc32": self._crc32, "members": self._members}
         self.store.write(index_name(self.name), json.dumps(index, separators=(",", ":")))  # in the order written
 

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
@@ -31,14 +31,16 @@ class Failed:
 
 def isolated_map(
     function: Callable[[Job], Result],
-    jobs: Sequence[Job],
+    jobs: Iterable[Job],
     *,
     workers: int,
     cpu_s: int,
     wall_s: float,
     memory_bytes: int,
 ) -> Iterator[Result | Failed]:
-    """Results of `function` in the order of `jobs`, each computed in one of `workers` spawned processes.
+    """Results of `function` in the order of `jobs`, each computed in one of at most `workers` spawned processes.
+
+    Jobs are taken from their iterable, and processes started, as they are needed.
 
     A job that goes over a limit or kills its process gives `Failed`; its worker is replaced and the rest goes on. An
     exception that `function` raises gives `Failed` too.
@@ -50,24 +52,36 @@ def isolated_map(
         memory_bytes: address space of a worker. This and `cpu_s` hold only where the system can limit them (POSIX).
     """
     window = max(16, 4 * workers)  # results waiting for their turn are held in memory
-    pool = [_Worker(function, cpu_s, wall_s, memory_bytes) for _ in range(min(workers, len(jobs)))]
+    pool: list[_Worker] = []
     results: dict[int, Result | Failed] = {}
-    next_job = next_result = 0
+    waiting = enumerate(jobs)
+    given = yielded = 0
+    exhausted = False
     try:
-        while next_result < len(jobs):
-            for worker in pool:
-                if worker.job is None and next_job < min(len(jobs), next_result + window):
-                    worker.give(next_job, jobs[next_job])
-                    next_job += 1
+        while True:
+            while not exhausted and given < yielded + window:
+                worker = next((worker for worker in pool if worker.job is None), None)
+                if worker is None and len(pool) >= workers:
+                    break
+                number, job = next(waiting, (-1, None))
+                if number < 0:
+                    exhausted = True
+                    break
+                if worker is None:
+                    pool.append(worker := _Worker(function, cpu_s, wall_s, memory_bytes))
+                worker.give(number, job)
+                given += 1
             for worker in pool:
                 if worker.job is not None and (result := worker.poll()) is not None:
                     results[worker.job] = result.value
                     worker.job = None
-            while next_result in results:
-                yield results.pop(next_result)
-                next_result += 1
+            while yielded in results:
+                yield results.pop(yielded)
+                yielded += 1
+            if exhausted and yielded == given:
+                return
             busy = [worker for worker in pool if worker.job is not None]
-            if busy:
+            if busy and yielded not in results:
                 left = min(worker.deadline for worker in busy) - time.monotonic()
                 wait([worker.connection for worker in busy], timeout=max(0.0, min(left, 1.0)))
     finally:

@@ -145,6 +145,7 @@ def data_build(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use only so many files.", show_default="all of them")
     ] = None,
+    executor: Annotated[str, typer.Option(help="local, or ray.")] = "local",
     preset: Preset = None,
     overrides: Overrides = None,
 ) -> None:
@@ -155,7 +156,7 @@ def data_build(
 
     settings = load_config(BuildSettings, preset, "build", overrides=overrides or [])
     licences = LicenceFilter.parse(licence or [])
-    print(build(folder, out, captions, settings, workers, limit=limit, licences=licences))
+    print(build(folder, out, captions, settings, workers, limit=limit, licences=licences, executor=executor))
 
 
 @data_app.command("show", epilog="Example: shapeloom data show raw/ --count 24")

@@ -134,12 +134,13 @@ def test_a_build_takes_what_archives_hold_and_sets_bad_ones_aside(tmp_path: Path
     captions.write_text("file,caption\nsub/more.zip/in/box.glb,a box from an archive\n")
     settings = BuildSettings(n_surface=64, n_near=32, n_uniform=32, n_views=0)
     report = build(models, tmp_path / "raw", captions, settings)
-    rejected = {entry["file"]: entry["reason"] for entry in report.rejected}
+    lines = (tmp_path / "raw" / "rejected.jsonl").read_text().splitlines()
+    rejected = {entry["file"]: entry["reason"] for entry in map(json.loads, lines)}
     assert report.samples == 3 and set(rejected) == {"bad.zip", "sub/more.zip/cut.glb", "words.zip"}
     assert "cannot be unpacked" in rejected["bad.zip"] and "no 3D files" in rejected["words.zip"]
-    assert len((tmp_path / "raw" / "rejected.jsonl").read_text().splitlines()) == 3
+    assert len(lines) == 3
     parts = [json.loads(path.read_text()) for path in (tmp_path / "raw" / "parts").iterdir()]
-    uids = {row["file"]: row["uid"] for part in parts for row in part["samples"]}
+    uids = {row["file"]: row["uid"] for part in parts for row in part["entries"]}
     assert uids == {
         "plain.glb": "plain",
         "sub/more.zip/in/box.glb": "sub__more_zip__in__box",

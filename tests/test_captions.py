@@ -11,7 +11,7 @@ import pytest
 import trimesh
 
 from shapeloom.data_pipes.build import BuildSettings, build
-from shapeloom.data_pipes.captions import AssetText, count_repeated, read_captions
+from shapeloom.data_pipes.captions import AssetText, RepeatedCaptions, read_captions
 from shapeloom.data_pipes.shards import ShardFolder
 from shapeloom.errors import UserError
 
@@ -107,9 +107,15 @@ def test_two_licences_of_one_file_are_refused(tmp_path: Path, name: str, text: s
 
 
 def test_repeated_captions_are_counted_by_their_words_in_order() -> None:
-    assert count_repeated([]) == 0
-    assert count_repeated(["a red box", "A red box.", "a  red, box", "a box, red", "ein Würfel", "EIN WÜRFEL"]) == 3
-    assert count_repeated(["a red box on a blue ball", "a blue ball on a red box"]) == 0
+    def repeated(*captions: str) -> int:
+        counted = RepeatedCaptions()
+        for caption in captions:
+            counted.add(caption)
+        return counted.count()
+
+    assert repeated() == 0
+    assert repeated("a red box", "A red box.", "a  red, box", "a box, red", "ein Würfel", "EIN WÜRFEL") == 3
+    assert repeated("a red box on a blue ball", "a blue ball on a red box") == 0
 
 
 def test_a_build_takes_jsonl_and_reports_repeated_captions(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trimesh
 
-from shapeloom.data_pipes import build as build_module
+from shapeloom.data_pipes import executors
 from shapeloom.data_pipes.build import BuildSettings, build
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
 from shapeloom.data_pipes.shards import MANIFEST, finished_shard
@@ -72,7 +72,7 @@ def make(request: pytest.FixtureRequest, models: Path, monkeypatch: pytest.Monke
     """Makes a dataset in a folder, in this process."""
     if request.param == "procedural":
         return lambda out: generate(out, PROCEDURAL)
-    monkeypatch.setattr(build_module, "isolated_map", lambda function, jobs, **_: map(function, jobs))
+    monkeypatch.setattr(executors, "isolated_map", lambda function, jobs, **_: map(function, jobs))
     return lambda out: build(models, out, settings=BUILD)
 
 

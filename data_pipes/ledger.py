@@ -1,0 +1,262 @@
+"""What became of every file in a build, one record a shard: by it a build goes on, and does only what is new.
+
+`parts/shard-00000.json` says which shard it is of and, file by file, what was made of it and from which bytes. It is
+written when its shard is, before that gets its name and its index (shards.py), which is what makes both count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from ..errors import UserError
+from ..files import parse_json
+from .captions import AssetText
+from .find import Place
+
+UNKNOWN: list = [None, None]
+from .shards import ShardInfo, index_name
+from .store import Store
+
+__all__ = ["Copy", "Entry", "Ledger", "Make", "Part", "Settle", "ShardTask", "new_uids", "plan", "shard_name"]
+
+_FOLDER = "parts"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file: what it was (stamps and hashes), and what became of it.
+
+    sidecars: sha256 and stamp of each file that it names, both None where there is none.
+    sample: whether there is one; otherwise `reason` and `hint` say why not, and `picture` shows it.
+    duplicate_of: the file because of which it was left out.
+    """
+
+    file: str
+    uid: str
+    stamp: list[Any] | None
+    text: AssetText
+    sidecars: dict[str, list[Any]] = field(default_factory=dict)
+    sha256: str | None = None
+    sample: bool = False
+    warnings: int = 0
+    signature: list[float] | None = None
+    reason: str | None = None
+    hint: str | None = None
+    picture: str | None = None
+    duplicate_of: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished shard and the files it was made of, in its order."""
+
+    number: int
+    shard: ShardInfo
+    entries: list[Entry]
+
+    def to_json(self) -> str:
+        # Without the default values, which are most of it.
+        entries = [{k: v for k, v in asdict(e).items() if v != _DEFAULTS.get(k, e)} for e in self.entries]
+        lines = ",\n".join(json.dumps(entry, ensure_ascii=False, separators=(",", ":")) for entry in entries)
+        return f'{{"shard": {json.dumps(asdict(self.shard))}, "entries": [\n{lines}\n]}}\n'
+
+    @classmethod
+    def from_json(cls, number: int, fields: dict[str, Any]) -> Part:
+        """Raises KeyError or TypeError if it is none."""
+        entries = [
+            Entry(**{**entry, "text": AssetText(**{**entry["text"], "captions": tuple(entry["text"]["captions"])})})
+            for entry in fields["entries"]
+        ]
+        return cls(number, ShardInfo(**fields["shard"]), entries)
+
+
+_DEFAULTS = {"sidecars": {}, "sha256": None, "sample": False, "warnings": 0, "signature": None}
+_DEFAULTS |= dict.fromkeys(("reason", "hint", "picture", "duplicate_of"))
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.tar"
+
+
+class Ledger:
+    """The parts in a store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def numbers(self) -> list[int]:
+        """Of the shards that have a part, in order."""
+        found = (re.fullmatch(r"shard-(\d{5,})\.json", name) for name in self.store.sizes(_FOLDER))
+        return sorted(int(match[1]) for match in found if match)
+
+    def read(self, number: int) -> Part | None:
+        """A part, or None if it is damaged."""
+        try:
+            return Part.from_json(number, parse_json(self.store.read(_part_name(number)), "the record of a shard"))
+        except (UserError, KeyError, TypeError, AttributeError, FileNotFoundError):
+            return None
+
+    def finished(self) -> Iterator[Part]:
+        """The parts whose shards are there, one at a time."""
+        sizes = self.store.sizes()
+        for number in self.numbers():
+            part = self.read(number)
+            if part is None or index_name(part.shard.name) not in sizes:
+                continue
+            if sizes.get(part.shard.name) == part.shard.bytes:
+                yield part
+
+    def write(self, part: Part) -> None:
+        self.store.write(_part_name(part.number), part.to_json())
+
+    def remove(self, number: int) -> None:
+        """A shard and its part."""
+        for name in (index_name(shard_name(number)), _part_name(number), shard_name(number)):
+            self.store.delete(name)
+
+
+def _part_name(number: int) -> str:
+    return f"{_FOLDER}/{PurePosixPath(shard_name(number)).stem}.json"
+
+
+# ------------------------------------------------------------------------------------------------------- what to do
+
+
+@dataclass(frozen=True)
+class Make:
+    """A file to build; with the entry it had, if only its date may have changed."""
+
+    file: str
+    uid: str
+    text: AssetText
+    before: Entry | None = None
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A sample to take over as it is, but for the words about it."""
+
+    entry: Entry
+    text: AssetText
+
+
+@dataclass(frozen=True)
+class Settle:
+    """A file that stays, or is now, left out."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard to write: its number and files in order."""
+
+    number: int
+    slots: list[Make | Copy | Settle]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Shards to write, to keep as they are (by number) and to remove."""
+
+    tasks: list[ShardTask]
+    kept: list[int]
+    emptied: list[int]
+
+
+def plan(
+    ledger: Ledger,
+    places: Mapping[str, Place],
+    texts: Mapping[str, AssetText],
+    shard_size: int,
+    *,
+    fill: bool,
+    retry: bool = False,
+) -> Plan:
+    """What is new or changed since the shards there were written.
+
+    A shard with a file that changed or went is written again, its other samples copied. New files fill the last shard
+    and then make shards of their own.
+
+    Args:
+        places: every file there is now, in order.
+        texts: of the captions file.
+        fill: whether the last shard may be added to; not after an interruption, which must give the shards that there
+            would have been without it.
+        retry: try the files again that were rejected.
+    """
+    known: dict[int, list[Make | Copy | Settle]] = {}
+    changed: set[int] = set()
+    uids: dict[str, str] = {}
+    originals: dict[str, str] = {}  # of samples, by file: the sha256
+    suspects: list[tuple[int, int]] = []
+    for part in ledger.finished():
+        slots = known[part.number] = []
+        for entry in part.entries:
+            if entry.file not in places or entry.file in uids:
+                changed.add(part.number)
+                continue
+            uids[entry.file] = entry.uid
+            slot = _slot(entry, places[entry.file], texts.get(entry.file, AssetText()), retry)
+            if not _is_as_it_was(slot):
+                changed.add(part.number)
+            elif entry.duplicate_of is not None:
+                suspects.append((part.number, len(slots)))
+            elif entry.sample:
+                originals[entry.file] = entry.sha256 or ""
+            slots.append(slot)
+    for number, k in suspects:
+        entry = known[number][k].entry  # type: ignore[union-attr]
+        if entry.duplicate_of not in originals:
+            known[number][k] = Make(entry.file, entry.uid, texts.get(entry.file, AssetText()))
+            changed.add(number)
+    new = [file for file in places if file not in uids]
+    made = new_uids(new, taken=uids.values())
+    fresh = [Make(file, made[file], texts.get(file, AssetText())) for file in new]
+    emptied = [number for number, slots in known.items() if not slots]
+    tasks = {number: known[number] for number in changed if known[number]}
+    if fill and known and (room := shard_size - len(known[max(known)])) > 0 and fresh and known[max(known)]:
+        tasks[max(known)] = known[max(known)] + fresh[:room]
+        fresh = fresh[room:]
+    taken = {number for number, slots in known.items() if slots}
+    free = (number for number in range(len(taken) + len(fresh) + 1) if number not in taken)
+    for start in range(0, len(fresh), shard_size):
+        tasks[next(free)] = list(fresh[start : start + shard_size])
+    emptied = [number for number in emptied if number not in tasks]
+    kept = sorted(taken - tasks.keys())
+    return Plan([ShardTask(number, tasks[number]) for number in sorted(tasks)], kept, emptied)
+
+
+def _slot(entry: Entry, place: Place, text: AssetText, retry: bool) -> Make | Copy | Settle:
+    same = entry.stamp == place.stamp != UNKNOWN and (place.refused is None or place.refused.reason == entry.reason)
+    same = same and all(place.sidecar_stamp(name) == stamp for name, (_, stamp) in entry.sidecars.items())
+    if entry.sample:
+        return Copy(entry, text) if same else Make(entry.file, entry.uid, text, before=entry)
+    if same and entry.text == text and not retry:
+        return Settle(entry)
+    return Make(entry.file, entry.uid, text)
+
+
+def _is_as_it_was(slot: Make | Copy | Settle) -> bool:
+    return isinstance(slot, Settle) or (isinstance(slot, Copy) and slot.text == slot.entry.text)
+
+
+def new_uids(files: Iterable[str], taken: Collection[str] = ()) -> dict[str, str]:
+    """A WebDataset key for each file: its path without suffix, plus a hash where that is not unique or too long."""
+    plain = {file: re.sub(r"[^A-Za-z0-9_-]", "_", file.rpartition(".")[0].replace("/", "__")) for file in files}
+    count = Counter(plain.values())
+    count.update(set(taken) & count.keys())
+
+    def unique(file: str, uid: str) -> str:
+        if count[uid] == 1 and len(uid) <= 150:
+            return uid
+        return f"{uid[:150]}-{hashlib.sha256(file.encode()).hexdigest()[:8]}"
+
+    return {file: unique(file, uid) for file, uid in plain.items()}

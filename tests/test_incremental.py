@@ -1,0 +1,254 @@
+"""A build run again: only what is new or changed is made, and the result is that of a build from the start."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trimesh
+
+from shapeloom.data_pipes import executors
+from shapeloom.data_pipes.build import BuildSettings, build
+from shapeloom.data_pipes.judging import JudgeSettings
+from shapeloom.data_pipes.ledger import Ledger
+from shapeloom.data_pipes.licences import LicenceFilter
+from shapeloom.data_pipes.shards import ShardFolder
+from shapeloom.data_pipes.store import LocalStore
+from shapeloom.data_pipes.verify import verify
+from shapeloom.errors import UserError
+
+SMALL = BuildSettings(n_surface=64, n_near=32, n_uniform=32, n_views=1, image_size=16, shard_size=2)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that workers were given since this was last cleared; they work in this process."""
+    files: list[str] = []
+
+    def here(function, jobs, **_):
+        for job in jobs:
+            files.append(job.file)
+            yield function(job)
+
+    monkeypatch.setattr(executors, "isolated_map", here)
+    return files
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five boxes, each of another shape."""
+    (tmp_path / "models").mkdir()
+    for i in range(5):
+        write_box(tmp_path / "models" / f"box{i}.ply", i)
+    return tmp_path / "models"
+
+
+def write_box(path: Path, height: float) -> None:
+    trimesh.creation.box(extents=(1, 1, 1 + height)).export(path)
+
+
+def samples(out: Path) -> dict[str, dict[str, bytes]]:
+    shards = ShardFolder(out)
+    assert verify(out).faults == ()
+    return {shards.uid(i): shards.read(i) for i in range(len(shards))}
+
+
+def shard_of(out: Path, uid: str) -> str:
+    return next(part.shard.name for part in Ledger(LocalStore(out)).finished() for e in part.entries if e.uid == uid)
+
+
+def test_nothing_new_is_nothing_done(folder: Path, tmp_path: Path, made: list[str]) -> None:
+    out = tmp_path / "raw"
+    build(folder, out, settings=SMALL)
+    assert sorted(made) == [f"box{i}.ply" for i in range(5)]
+    made.clear()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("shard-*")}
+    report = build(folder, out, settings=SMALL)
+    assert made == [] and report.made == 0 and report.kept_shards == 3 and report.samples == 5
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("shard-*")}
+
+
+def change_nothing(folder: Path) -> None:
+    pass
+
+
+def add(folder: Path) -> None:
+    write_box(folder / "apple.ply", 7)
+    write_box(folder / "zebra.ply", 8)
+
+
+def replace(folder: Path) -> None:
+    write_box(folder / "box1.ply", 9)
+
+
+def remove(folder: Path) -> None:
+    (folder / "box2.ply").unlink()
+    (folder / "box3.ply").unlink()
+
+
+def rename(folder: Path) -> None:
+    (folder / "box0.ply").rename(folder / "cube.ply")
+
+
+def touch(folder: Path) -> None:
+    os.utime(folder / "box3.ply", (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "worked_on"),
+    [
+        (change_nothing, []),
+        (add, ["apple.ply", "zebra.ply"]),
+        (replace, ["box1.ply"]),
+        (remove, []),
+        (rename, ["cube.ply"]),
+        (touch, ["box3.ply"]),
+    ],
+)
+def test_a_changed_folder_gives_the_samples_that_a_new_build_would(
+    folder: Path, tmp_path: Path, made: list[str], change: Callable[[Path], None], worked_on: list[str]
+) -> None:
+    build(folder, tmp_path / "raw", settings=SMALL)
+    made.clear()
+    change(folder)
+    report = build(folder, tmp_path / "raw", settings=SMALL)
+    assert sorted(made) == worked_on
+    fresh = build(folder, tmp_path / "fresh", settings=SMALL)
+    assert samples(tmp_path / "raw") == samples(tmp_path / "fresh")
+    assert (report.samples, report.splits) == (fresh.samples, fresh.splits)
+    made.clear()
+    assert build(folder, tmp_path / "raw", settings=SMALL).made == 0 and made == []
+
+
+def test_new_files_fill_the_last_shard_and_older_shards_stay(folder: Path, tmp_path: Path, made: list[str]) -> None:
+    out = tmp_path / "raw"
+    build(folder, out, settings=SMALL)
+    old = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-0000[01].tar")}
+    add(folder)
+    report = build(folder, out, settings=SMALL)
+    assert report.kept_shards == 2 and len(list(out.glob("*.tar"))) == 4
+    assert shard_of(out, "apple") == shard_of(out, "box4") == "shard-00002.tar"
+    assert old == {name: (out / name).stat().st_mtime_ns for name in old}
+
+
+def test_a_file_it_names_counts_as_part_of_a_file(folder: Path, tmp_path: Path, made: list[str]) -> None:
+    (folder / "red.obj").write_text("mtllib red.mtl\nusemtl a\nv 0 0 0\nv 1 0 0\nv 0 1 1\nv 1 1 0\nf 1 2 3\nf 2 4 3\n")
+    build(folder, tmp_path / "raw", settings=SMALL)
+    made.clear()
+    (folder / "red.mtl").write_text("newmtl a\nKd 1 0 0\n")
+    build(folder, tmp_path / "raw", settings=SMALL)
+    assert made == ["red.obj"]
+    (folder / "red.mtl").write_text("newmtl a\nKd 0 0 1\n")
+    build(folder, tmp_path / "raw", settings=SMALL)
+    assert made == ["red.obj"] * 2
+    build(folder, tmp_path / "raw", settings=SMALL)
+    assert made == ["red.obj"] * 2
+
+
+def test_other_words_change_the_json_alone(folder: Path, tmp_path: Path, made: list[str]) -> None:
+    captions = tmp_path / "captions.csv"
+    captions.write_text("file,caption,licence\nbox0.ply,a box,CC0-1.0\n")
+    build(folder, tmp_path / "raw", captions, SMALL)
+    made.clear()
+    captions.write_text("file,caption,licence\nbox0.ply,a cube,CC-BY-4.0\nbox3.ply,tall,CC0-1.0\n")
+    report = build(folder, tmp_path / "raw", captions, SMALL)
+    assert made == [] and report.captions_from_names == 3 and report.kept_shards == 1
+    build(folder, tmp_path / "fresh", captions, SMALL)
+    assert samples(tmp_path / "raw") == samples(tmp_path / "fresh")
+    assert "CC-BY-4.0" in (tmp_path / "raw" / "attribution.csv").read_text()
+
+
+def test_a_licence_that_is_no_longer_allowed_takes_the_sample_out(folder: Path, tmp_path: Path, made: list[str]) -> None:
+    captions = tmp_path / "captions.csv"
+    rows = "".join(f"box{i}.ply,a box,CC0-1.0\n" for i in range(4))
+    captions.write_text("file,caption,licence\n" + rows + "box4.ply,a box,CC0-1.0\n")
+    free = LicenceFilter(allow=("CC0-1.0",))
+    build(folder, tmp_path / "raw", captions, SMALL, licences=free)
+    captions.write_text("file,caption,licence\n" + rows + "box4.ply,a box,CC-BY-NC-4.0\n")
+    report = build(folder, tmp_path / "raw", captions, SMALL, licences=free)
+    assert set(samples(tmp_path / "raw")) == {f"box{i}" for i in range(4)} and report.rejected == 1
+    captions.write_text("file,caption,licence\n" + rows + "box4.ply,a box,CC0-1.0\n")
+    assert build(folder, tmp_path / "raw", captions, SMALL, licences=free).samples == 5
+
+
+def test_rejected_files_are_tried_again_when_they_change_or_when_asked(
+    folder: Path, tmp_path: Path, made: list[str]
+) -> None:
+    (folder / "broken.ply").write_bytes(b"ply")
+    assert build(folder, tmp_path / "raw", settings=SMALL).rejected == 1
+    made.clear()
+    build(folder, tmp_path / "raw", settings=SMALL)
+    assert made == []
+    build(folder, tmp_path / "raw", settings=SMALL, retry=True)
+    assert made == ["broken.ply"]
+    write_box(folder / "broken.ply", 11)
+    assert build(folder, tmp_path / "raw", settings=SMALL).rejected == 0 and "broken" in samples(tmp_path / "raw")
+
+
+def test_an_update_that_is_stopped_goes_on(folder: Path, tmp_path: Path, made: list[str], monkeypatch) -> None:
+    out = tmp_path / "raw"
+    build(folder, out, settings=SMALL)
+    add(folder)
+    replace(folder)
+    real = executors._make_shard
+
+    def stop(task, *rest):
+        if task.number > 0:
+            raise KeyboardInterrupt
+        real(task, *rest)
+
+    monkeypatch.setattr(executors, "_make_shard", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build(folder, out, settings=SMALL)
+    with pytest.raises(UserError, match="unfinished"):
+        ShardFolder(out)
+    monkeypatch.setattr(executors, "_make_shard", real)
+    made.clear()
+    build(folder, out, settings=SMALL)
+    assert sorted(made) == ["apple.ply", "zebra.ply"]
+    build(folder, tmp_path / "fresh", settings=SMALL)
+    assert samples(out) == samples(tmp_path / "fresh")
+
+
+def test_adding_a_file_of_the_same_name_moves_no_uid(folder: Path, tmp_path: Path, made: list[str]) -> None:
+    build(folder, tmp_path / "raw", settings=SMALL)
+    trimesh.creation.icosphere(1).export(folder / "box0.off")
+    build(folder, tmp_path / "raw", settings=SMALL)
+    uids = {meta["file"]: meta["uid"] for meta in map(json.loads, (m["json"] for m in samples(tmp_path / "raw").values()))}
+    assert uids["box0.ply"] == "box0" and uids["box0.off"].startswith("box0-")
+
+
+def test_a_copy_is_told_of_and_can_be_left_out(folder: Path, tmp_path: Path, made: list[str]) -> None:
+    again = trimesh.load(folder / "box2.ply")
+    again.apply_transform(trimesh.transformations.rotation_matrix(0.7, (1, 2, 3)) * 1.0)
+    again.export(folder / "other.stl")
+    report = build(folder, tmp_path / "raw", settings=SMALL)
+    assert report.samples == 6 and report.duplicates == 1 and "same object as another" in str(report)
+    (line,) = (tmp_path / "raw" / "duplicates.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"file": "other.stl", "uid": "other", "of": "box2.ply", "same": "shape and colours"}
+
+    strict = SMALL.model_copy(update={"judge": JudgeSettings(reject=("duplicate",))})
+    report = build(folder, tmp_path / "strict", settings=strict)
+    assert report.samples == 5 and report.reasons == {"it is the same object as …": 1}
+    assert "other" not in samples(tmp_path / "strict")
+    made.clear()
+    assert build(folder, tmp_path / "strict", settings=strict).samples == 5 and made == []
+    (folder / "box2.ply").unlink()
+    report = build(folder, tmp_path / "strict", settings=strict)
+    assert made == ["other.stl"] and "other" in samples(tmp_path / "strict")
+
+
+def test_what_the_judge_rejects_is_kept_as_a_picture(folder: Path, tmp_path: Path, made: list[str]) -> None:
+    parts = [trimesh.creation.box(), trimesh.creation.box().apply_translation((5, 0, 0))]
+    trimesh.util.concatenate(parts).export(folder / "pair.ply")
+    strict = SMALL.model_copy(update={"judge": JudgeSettings(reject=("apart",))})
+    build(folder, tmp_path / "raw", settings=strict)
+    (line,) = (tmp_path / "raw" / "rejected.jsonl").read_text().splitlines()
+    picture = tmp_path / "raw" / json.loads(line)["picture"]
+    assert picture.read_bytes()[8:12] == b"WEBP"
+    (folder / "pair.ply").unlink()
+    build(folder, tmp_path / "raw", settings=strict)
+    assert not picture.exists()
