@@ -56,6 +56,7 @@ sys.stdin.read()
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A real one, of this machine alone, that RAY_ADDRESS names; it ends with the process that holds it."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else the token of the process that holds it is needed
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as short:  # sockets want short names
         words = [sys.executable, "-c", CLUSTER, short]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
