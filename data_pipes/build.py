@@ -16,6 +16,7 @@ The output folder holds, beside the shards and their manifest (shards.py):
 
 from __future__ import annotations
 
+import array
 import contextlib
 import csv
 import json
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -32,10 +33,11 @@ import numpy as np
 from ..errors import UserError
 from ..progress import Bar
 from .asset import BuildSettings
-from .captions import AssetText, RepeatedCaptions, caption_from_name, read_captions
-from .duplicates import Duplicate, find_duplicates
+from .captions import AssetText, caption_from_name, read_captions, words_of
+from .duplicates import SIGNATURE_SIZE, find_duplicates
 from .executors import Context, Guard, make_all, make_all_on_ray
 from .find import Place, find
+from .hashes import Hashes
 from .ledger import Copy, Entry, Ledger, Settle, ShardTask, plan
 from .licences import LicenceFilter
 from .shards import RAW_FORMAT, ShardInfo, begin_folder, split_of, stored_manifest, write_manifest
@@ -168,7 +170,7 @@ def _build(
     for number in planned.emptied:
         ledger.remove(number)
     started = time.monotonic()
-    _make(planned.tasks, places, context, workers, executor, "building", done=_count(ledger, planned.kept))
+    _make(planned.tasks, places, context, workers, executor, "building", done=sum(planned.kept.values()))
     if "duplicate" in context.settings.judge.reject:
         _make(_without_duplicates(ledger), places, context, workers, executor, "leaving out duplicates")
     seconds = time.monotonic() - started
@@ -183,11 +185,6 @@ def _identity(context: Context) -> dict[str, Any]:
         **context.settings.model_dump(mode="json"),
         **({"licences": context.licences.identity()} if context.licences else {}),
     }
-
-
-def _count(ledger: Ledger, numbers: list[int]) -> int:
-    parts = (ledger.read(number) for number in numbers)
-    return sum(len(part.entries) for part in parts if part is not None)
 
 
 def _make(
@@ -209,7 +206,7 @@ def _make(
 
 def _without_duplicates(ledger: Ledger) -> list[ShardTask]:
     """The shards that hold copies, in colours too, of earlier assets, to be written again without them."""
-    originals = {d.name: d.of for d in _duplicates(ledger)[0] if d.same == "shape and colours"}
+    originals = {d.file: d.of for d in _duplicates(ledger) if d.same == "shape and colours"}
     tasks = []
     for part in ledger.finished() if originals else ():
         if any(entry.sample and entry.file in originals for entry in part.entries):
@@ -227,19 +224,30 @@ def _kept_or_left_out(entry: Entry, originals: dict[str, str]) -> Copy | Settle:
     return Settle(replace(entry, sample=False, reason=reason, hint=hint, duplicate_of=of))
 
 
-def _duplicates(ledger: Ledger) -> tuple[list[Duplicate], dict[str, str]]:
-    """Samples that are earlier ones again, and the uid of each."""
-    uids, signatures = {}, []
-    for part in ledger.finished():
-        for entry in part.entries:
-            if entry.sample and entry.signature is not None:
-                uids[entry.file] = entry.uid
-                signatures.append(np.array(entry.signature, np.float32))
-    # By name, not by shard: what came first must not depend on when it was added.
-    order = np.argsort(np.array(list(uids), object)) if uids else []
-    files = list(uids)
-    found = find_duplicates([files[i] for i in order], np.array([signatures[i] for i in order])) if uids else []
-    return found, {d.name: uids[d.name] for d in found}
+@dataclass(frozen=True)
+class _Again:
+    """A sample that an earlier one is already; a row of duplicates.jsonl."""
+
+    file: str
+    uid: str
+    of: str
+    same: str
+
+
+def _duplicates(ledger: Ledger) -> list[_Again]:
+    """In the order of the shards: so what was there first stays the original."""
+    n, signatures = 0, array.array("f")
+    for entry in _samples(ledger):
+        signatures.extend(entry.signature or ())
+        n += 1
+    found = {d.name: d for d in find_duplicates(range(n), np.frombuffer(signatures, np.float32).reshape(n, SIGNATURE_SIZE))}
+    named = found.keys() | {d.of for d in found.values()}
+    entries = {number: entry for number, entry in enumerate(_samples(ledger)) if number in named} if found else {}
+    return [_Again(entries[d.name].file, entries[d.name].uid, entries[d.of].file, d.same) for d in found.values()]
+
+
+def _samples(ledger: Ledger) -> Iterator[Entry]:
+    return (entry for part in ledger.finished() for entry in part.entries if entry.sample)
 
 
 # ---------------------------------------------------------------------------------------------------- what came of it
@@ -252,7 +260,7 @@ class _Tally:
         self.files = self.samples = self.from_names = self.warnings = 0
         self.splits: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
-        self.captions = RepeatedCaptions()
+        self.captions = Hashes()
         self.first: dict[str, Any] = {}
 
     def add(self, entry: Entry) -> None:
@@ -266,7 +274,7 @@ class _Tally:
         self.from_names += not entry.text.captions
         self.warnings += entry.warnings > 0
         for caption in entry.text.captions or [caption_from_name(entry.file)]:
-            self.captions.add(caption)
+            self.captions.add(words_of(caption))
 
 
 def _rejection(entry: Entry) -> dict[str, Any]:
@@ -299,17 +307,15 @@ def _summary(
     for name in store.sizes("rejected"):
         if f"rejected/{name}" not in pictures:
             store.delete(f"rejected/{name}")
-    found, uids = _duplicates(ledger)
+    found = _duplicates(ledger)
     with _text_file(store, "duplicates.jsonl") as file:
-        for d in found:
-            row = {"file": d.name, "uid": uids[d.name], "of": d.of, "same": d.same}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(asdict(again), ensure_ascii=False) + "\n" for again in found)
     report = BuildReport(
         files=tally.files,
         samples=tally.samples,
         splits=dict(tally.splits),
         captions_from_names=tally.from_names,
-        repeated_captions=tally.captions.count(),
+        repeated_captions=tally.captions.repeated(),
         duplicates=sum(d.same == "shape and colours" for d in found),
         warnings=tally.warnings,
         reasons=dict(tally.reasons.most_common()),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import array
 import codecs
 import csv
 import difflib
-import hashlib
 import io
 import json
 import re
@@ -15,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from ..errors import UserError
 
-__all__ = ["AssetText", "RepeatedCaptions", "caption_from_name", "read_captions"]
+__all__ = ["AssetText", "caption_from_name", "read_captions", "words_of"]
 
 _OPTIONAL = {"category": "category", "licence": "licence", "license": "licence", "author": "author", "source": "source"}
 _FORM = "file,caption[,caption_*][,category][,licence][,author][,source]"
@@ -64,21 +60,9 @@ def read_captions(path: str | Path, known_files: Iterable[str]) -> dict[str, Ass
     return {file: _asset_text(path, file, fields) for file, fields in gathered.items()}
 
 
-class RepeatedCaptions:
-    """Counts captions that have the words of one before them, in the same order; case and punctuation are nothing.
-
-    Eight bytes are kept of each: with a probability of 3 in 10,000, two of a hundred million are taken for one.
-    """
-
-    def __init__(self) -> None:
-        self._hashes = array.array("Q")
-
-    def add(self, caption: str) -> None:
-        words = " ".join(re.findall(r"\w+", caption.casefold()))
-        self._hashes.append(int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little"))
-
-    def count(self) -> int:
-        return len(self._hashes) - len(np.unique(np.frombuffer(self._hashes, np.uint64)))
+def words_of(caption: str) -> str:
+    """What is left of a caption without case and punctuation: its words in order."""
+    return " ".join(re.findall(r"\w+", caption.casefold()))
 
 
 def caption_from_name(file: str) -> str:

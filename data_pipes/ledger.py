@@ -7,13 +7,16 @@ written when its shard is, before that gets its name and its index (shards.py), 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
+
+import numpy as np
 
 from ..errors import UserError
 from ..files import parse_json
@@ -21,6 +24,7 @@ from .captions import AssetText
 from .find import Place
 
 UNKNOWN: list = [None, None]
+from .hashes import Hashes
 from .shards import ShardInfo, index_name
 from .store import Store
 
@@ -164,10 +168,10 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class Plan:
-    """Shards to write, to keep as they are (by number) and to remove."""
+    """Shards to write, to keep (how many files each has, by number) and to remove."""
 
     tasks: list[ShardTask]
-    kept: list[int]
+    kept: dict[int, int]
     emptied: list[int]
 
 
@@ -192,46 +196,60 @@ def plan(
             would have been without it.
         retry: try the files again that were rejected.
     """
-    known: dict[int, list[Make | Copy | Settle]] = {}
-    changed: set[int] = set()
-    uids: dict[str, str] = {}
-    originals: dict[str, str] = {}  # of samples, by file: the sha256
-    suspects: list[tuple[int, int]] = []
+    tasks: dict[int, list[Make | Copy | Settle]] = {}
+    sizes: dict[int, int] = {}  # files of the shards that need nothing
+    new, uids, sound, copies = dict.fromkeys(places), Hashes(), Hashes(), []
     for part in ledger.finished():
-        slots = known[part.number] = []
+        slots: list[Make | Copy | Settle] = []
         for entry in part.entries:
-            if entry.file not in places or entry.file in uids:
-                changed.add(part.number)
+            if entry.file not in new:  # gone
                 continue
-            uids[entry.file] = entry.uid
+            del new[entry.file]
             slot = _slot(entry, places[entry.file], texts.get(entry.file, AssetText()), retry)
-            if not _is_as_it_was(slot):
-                changed.add(part.number)
-            elif entry.duplicate_of is not None:
-                suspects.append((part.number, len(slots)))
-            elif entry.sample:
-                originals[entry.file] = entry.sha256 or ""
             slots.append(slot)
-    for number, k in suspects:
-        entry = known[number][k].entry  # type: ignore[union-attr]
-        if entry.duplicate_of not in originals:
-            known[number][k] = Make(entry.file, entry.uid, texts.get(entry.file, AssetText()))
-            changed.add(number)
-    new = [file for file in places if file not in uids]
-    made = new_uids(new, taken=uids.values())
-    fresh = [Make(file, made[file], texts.get(file, AssetText())) for file in new]
-    emptied = [number for number, slots in known.items() if not slots]
-    tasks = {number: known[number] for number in changed if known[number]}
-    if fill and known and (room := shard_size - len(known[max(known)])) > 0 and fresh and known[max(known)]:
-        tasks[max(known)] = known[max(known)] + fresh[:room]
-        fresh = fresh[room:]
-    taken = {number for number, slots in known.items() if slots}
-    free = (number for number in range(len(taken) + len(fresh) + 1) if number not in taken)
+            uids.add(entry.uid)
+            if isinstance(slot, Copy):
+                sound.add(entry.file)
+            if entry.duplicate_of is not None:
+                copies.append((part.number, entry.duplicate_of))
+        if len(slots) == len(part.entries) and all(map(_is_as_it_was, slots)):
+            sizes[part.number] = len(slots)
+        else:
+            tasks[part.number] = slots
+    lone = sound.holds([of for _, of in copies])
+    for number in {number for (number, _), there in zip(copies, lone) if not there}:
+        slots = tasks.get(number) or _as_they_are(ledger, number)
+        tasks[number] = [_without_original(slot, sound) for slot in slots]
+        sizes.pop(number, None)
+    emptied = [number for number, slots in tasks.items() if not slots]
+    for number in emptied:
+        del tasks[number]
+    fresh = [Make(file, uid, texts.get(file, AssetText())) for file, uid in new_uids(list(new), uids).items()]
+    last = max((*sizes, *tasks), default=None)
+    if fill and last is not None and fresh:
+        there = tasks.get(last) or (_as_they_are(ledger, last) if sizes[last] < shard_size else [])
+        if room := max(0, shard_size - len(there)) if there else 0:
+            tasks[last] = there + fresh[:room]
+            sizes.pop(last, None)
+            fresh = fresh[room:]
+    free = (number for number in itertools.count() if number not in sizes and number not in tasks)
     for start in range(0, len(fresh), shard_size):
         tasks[next(free)] = list(fresh[start : start + shard_size])
     emptied = [number for number in emptied if number not in tasks]
-    kept = sorted(taken - tasks.keys())
-    return Plan([ShardTask(number, tasks[number]) for number in sorted(tasks)], kept, emptied)
+    return Plan([ShardTask(number, tasks[number]) for number in sorted(tasks)], sizes, emptied)
+
+
+def _as_they_are(ledger: Ledger, number: int) -> list[Make | Copy | Settle]:
+    part = ledger.read(number)
+    assert part is not None, "it was read a moment ago"
+    return [Copy(entry, entry.text) if entry.sample else Settle(entry) for entry in part.entries]
+
+
+def _without_original(slot: Make | Copy | Settle, sound: Hashes) -> Make | Copy | Settle:
+    """A file that was left out as a copy is built where there is no original any more."""
+    if not isinstance(slot, Settle) or slot.entry.duplicate_of is None or sound.holds([slot.entry.duplicate_of])[0]:
+        return slot
+    return Make(slot.entry.file, slot.entry.uid, slot.entry.text)
 
 
 def _slot(entry: Entry, place: Place, text: AssetText, retry: bool) -> Make | Copy | Settle:
@@ -248,15 +266,15 @@ def _is_as_it_was(slot: Make | Copy | Settle) -> bool:
     return isinstance(slot, Settle) or (isinstance(slot, Copy) and slot.text == slot.entry.text)
 
 
-def new_uids(files: Iterable[str], taken: Collection[str] = ()) -> dict[str, str]:
+def new_uids(files: Sequence[str], taken: Hashes | None = None) -> dict[str, str]:
     """A WebDataset key for each file: its path without suffix, plus a hash where that is not unique or too long."""
-    plain = {file: re.sub(r"[^A-Za-z0-9_-]", "_", file.rpartition(".")[0].replace("/", "__")) for file in files}
-    count = Counter(plain.values())
-    count.update(set(taken) & count.keys())
+    plain = [re.sub(r"[^A-Za-z0-9_-]", "_", file.rpartition(".")[0].replace("/", "__")) for file in files]
+    count = Counter(plain)
+    is_taken = np.zeros(len(plain), bool) if taken is None else taken.holds(plain)
 
-    def unique(file: str, uid: str) -> str:
-        if count[uid] == 1 and len(uid) <= 150:
+    def unique(file: str, uid: str, is_taken: bool) -> str:
+        if count[uid] == 1 and len(uid) <= 150 and not is_taken:
             return uid
         return f"{uid[:150]}-{hashlib.sha256(file.encode()).hexdigest()[:8]}"
 
-    return {file: unique(file, uid) for file, uid in plain.items()}
+    return {file: unique(file, uid, there) for file, uid, there in zip(files, plain, is_taken)}

@@ -11,7 +11,8 @@ import pytest
 import trimesh
 
 from shapeloom.data_pipes.build import BuildSettings, build
-from shapeloom.data_pipes.captions import AssetText, RepeatedCaptions, read_captions
+from shapeloom.data_pipes.captions import AssetText, read_captions, words_of
+from shapeloom.data_pipes.hashes import Hashes
 from shapeloom.data_pipes.shards import ShardFolder
 from shapeloom.errors import UserError
 
@@ -108,10 +109,10 @@ def test_two_licences_of_one_file_are_refused(tmp_path: Path, name: str, text: s
 
 def test_repeated_captions_are_counted_by_their_words_in_order() -> None:
     def repeated(*captions: str) -> int:
-        counted = RepeatedCaptions()
+        hashes = Hashes()
         for caption in captions:
-            counted.add(caption)
-        return counted.count()
+            hashes.add(words_of(caption))
+        return hashes.repeated()
 
     assert repeated() == 0
     assert repeated("a red box", "A red box.", "a  red, box", "a box, red", "ein Würfel", "EIN WÜRFEL") == 3
