@@ -192,7 +192,7 @@ def aov(nodes, name, color):
     node = nodes.add("OutputAOV", color)
     if hasattr(node, "aov_name"):
         node.aov_name = name
-    else:  # before 4.1 or so
+    else:  # before 4.2
         node.name = name
 
 
