@@ -22,7 +22,8 @@ from .licences import LicenceFilter
 from .limits import Limits, Rejected, Sidecars
 from .raw_sample import encode_raw_sample
 from .read import read_mesh
-from .render import Views, composite, random_rig, render
+from .render import Views, composite, render
+from .rigs import RigSettings
 from .sampling import DENSE_SAMPLES, Solid, sample_field, sample_surface
 from .shards import split_of
 
@@ -40,7 +41,8 @@ class BuildSettings(BaseModel):
     n_surface: int = Field(default=16384, ge=1, description="points on the surface")
     n_near: int = Field(default=8192, ge=0, description="signed distances near the surface")
     n_uniform: int = Field(default=8192, ge=0, description="signed distances everywhere")
-    n_views: int = Field(default=8, ge=0, le=100, description="rendered views; the first half frontal")
+    n_views: int = Field(default=8, ge=0, le=100, description="rendered views")
+    rig: RigSettings = Field(default=RigSettings(), description="where their cameras stand")
     image_size: int = Field(default=128, ge=1, le=4096, description="width and height of a view in pixels")
     samples_per_axis: int = Field(default=2, ge=1, le=16, description="rays per pixel along each axis")
     lit: bool = Field(default=True, description="store shaded views beside the unlit ones")
@@ -122,7 +124,7 @@ def build_asset(job: Job) -> Built | Refused | Unchanged:
     solid = Solid(mesh, int(np.clip(4 * (settings.n_surface + settings.n_near), *DENSE_RANGE)))
     views = cameras = None
     if settings.n_views:
-        cameras = random_rig(rng, settings.n_views, settings.image_size)
+        cameras = settings.rig.cameras(rng, settings.n_views, settings.image_size)
         views = render(mesh, cameras, samples_per_axis=settings.samples_per_axis)
         views = views if settings.lit else replace(views, lit=views.lit[:0])
     measures = measure(mesh, solid, transform, None if views is None else views.albedo[..., 3], settings.judge)

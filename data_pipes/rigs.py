@@ -26,11 +26,11 @@ WHOLE_FOV_DEG = 46.0
 
 # What the settings are where they are not given.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "frontal": {"n_views": 8},
-    "shap-e": {"n_views": 20, "fov_deg": SHAP_E_FOV_DEG},
-    "fibonacci": {"n_views": 20, "fov_deg": WHOLE_FOV_DEG, "elevation_deg": (-90.0, 90.0)},
-    "turntable": {"n_views": 8, "fov_deg": WHOLE_FOV_DEG, "elevation_deg": 20.0},
-    "random": {"n_views": 8, "fov_deg": WHOLE_FOV_DEG, "elevation_deg": (-90.0, 90.0)},
+    "frontal": {},
+    "shap-e": {"fov_deg": SHAP_E_FOV_DEG},
+    "fibonacci": {"fov_deg": WHOLE_FOV_DEG, "elevation_deg": (-90.0, 90.0)},
+    "turntable": {"fov_deg": WHOLE_FOV_DEG, "elevation_deg": 20.0},
+    "random": {"fov_deg": WHOLE_FOV_DEG, "elevation_deg": (-90.0, 90.0)},
 }
 
 
@@ -43,8 +43,8 @@ class RigSettings(BaseModel):
     kind:
       frontal: the first half (rounded up) within 40 degrees of the front, 5 to 35 degrees above; the rest from any
         azimuth, -10 to 60 degrees above.
-      shap-e: what Shap-E's encoder was given: 20 views from directions that are uniform on the sphere (openai/shap-e,
-        util/data_util.py: 20 views, "random" poses), distance 2 from an object in a unit cube, and all that twice as
+      shap-e: what Shap-E's encoder was given 20 of: views from directions that are uniform on the sphere (openai/shap-e,
+        util/data_util.py: "random" poses), distance 2 from an object in a unit cube, and all that twice as
         large (rendering/blender/blender_script.py and util/data_util.py), through the lens of a new camera in Blender,
         50 mm before a sensor of 36 mm: 39.6 degrees. Its objects have a longest side of 2 in that frame, ours of 1.8,
         so that they are a tenth smaller in the picture.
@@ -57,7 +57,6 @@ class RigSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: RigKind = Field(default="frontal", description="how the cameras are placed")
-    n_views: int = Field(default=8, ge=0, le=1000, description="views of each object (8; shap-e, fibonacci: 20)")
     elevation_deg: Elevation | tuple[Elevation, Elevation] | None = Field(
         default=None, description="degrees above the horizon: turntable's (20), or from and to of random and fibonacci"
     )
@@ -89,19 +88,18 @@ class RigSettings(BaseModel):
             raise ValueError(f"elevation_deg must go from the lowest to the highest, got {list(elevation)}")
         return self
 
-    def cameras(self, rng: np.random.Generator, size: int) -> Cameras:
-        """The rig's cameras of `size` x `size` pixels.
+    def cameras(self, rng: np.random.Generator, n_views: int, size: int) -> Cameras:
+        """So many cameras of `size` x `size` pixels.
 
         A function of the settings and of the state of `rng`, from which frontal, shap-e and random alone draw.
         """
-        if not self.n_views:
+        if not n_views:
             return Cameras(np.zeros((0, 4, 4)), np.zeros(0), size, size)
-        azimuths, elevations = self._directions(rng)
+        azimuths, elevations = self._directions(rng, n_views)
         return orbit(azimuths, elevations, size=size, distance=self.distance, fov_deg=self.fov_deg)
 
-    def _directions(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Azimuths and elevations, [n_views] degrees each."""
-        n = self.n_views
+    def _directions(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Azimuths and elevations, [n] degrees each."""
         if self.kind == "frontal":
             n_front = math.ceil(n / 2)
             azimuths = [rng.uniform(-40, 40, n_front), rng.uniform(0, 360, n - n_front)]
