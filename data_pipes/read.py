@@ -21,7 +21,7 @@ from trimesh.resolvers import Resolver
 
 from .collada import read_collada
 from .gltf import read_gltf
-from .limits import Limits, Rejected, Sidecars
+from .limits import Fetch, Limits, Rejected, Sidecars
 from .mesh import Material, Mesh, merge, srgb_to_linear
 from .threemf import read_3mf
 
@@ -38,6 +38,7 @@ def read_mesh(
     root: str | Path | None = None,
     warnings: list[str] | None = None,
     sidecars: dict[str, str | None] | None = None,
+    fetch: Fetch | None = None,
 ) -> Mesh:
     """Read a 3MF, COLLADA (.dae), GLB, glTF, OBJ, OFF, PLY or STL file.
 
@@ -46,6 +47,7 @@ def read_mesh(
         root: files that it names (textures, buffers) must lie in here; its own folder by default.
         warnings: gets a sentence for everything that was left out but does not spoil the mesh.
         sidecars: gets name and sha256 of every file that it names, None for one that is not there.
+        fetch: asked for files inside `root` that it names and that are not on the disk (see places.py).
     Returns: all triangles of the file's scene, at rest where it is animated. Formats that say what is up and how long
         a unit is (3MF, COLLADA, glTF) come out +Y up and in metres, the others in the file's own frame and units.
     Raises: Rejected, with a reason and a hint.
@@ -54,7 +56,7 @@ def read_mesh(
     limits = limits or Limits()
     warnings = [] if warnings is None else warnings
     data = _bytes(path, limits)
-    beside = Sidecars(path, None if root is None else Path(root), limits)
+    beside = Sidecars(path, None if root is None else Path(root), limits, fetch)
     if sidecars is not None:
         beside.hashes = sidecars
     suffix = path.suffix.lower()
