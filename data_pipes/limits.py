@@ -15,11 +15,12 @@ from PIL import Image
 
 from ..errors import UserError
 
-__all__ = ["Fetch", "Limits", "Rejected", "Sidecars", "decode_image"]
+__all__ = ["ANIMATED", "Fetch", "Limits", "Rejected", "Sidecars", "decode_image"]
 
 # (name below the root, most) -> what is there, None if nothing; more than `most` bytes may be cut to `most` + 1.
 Fetch = Callable[[str, int], "bytes | None"]
 
+ANIMATED = "it is animated: its rest pose is taken"  # a warning that every format words alike
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TGA", "GIF", "TIFF")
 
 

@@ -51,7 +51,8 @@ _PACKAGES = {
     "smb": "smbprotocol",
 }
 # Whatever a store calls what changes with a file's content, the surest first.
-_TAGS = "ETag etag md5Hash checksum CRC sha LastModified last_modified updated mtime modified modify created".split()
+_TAGS = ("ETag", "etag", "md5Hash", "checksum", "CRC", "sha", "LastModified", "last_modified", "updated")
+_TIMES = ("mtime", "modified", "modify", "created")
 
 
 def is_url(folder: str | Path) -> bool:
@@ -188,7 +189,7 @@ class _Fsspec:
 
 
 def _stamp(entry: dict[str, Any]) -> Stamp:
-    tag = next((str(entry[key]) for key in _TAGS if entry.get(key) is not None), None)
+    tag = next((str(entry[key]) for key in (*_TAGS, *_TIMES) if entry.get(key) is not None), None)
     return [entry.get("size"), tag]
 
 
