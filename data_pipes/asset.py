@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..files import canonical_json, sha256_file
 from .captions import AssetText, caption_from_name
 from .duplicates import signature
-from .find import Place
 from .judging import JudgeSettings, findings, measure
 from .licences import LicenceFilter
 from .limits import Limits, Rejected, Sidecars
+from .places import Place
 from .raw_sample import encode_raw_sample
 from .read import read_mesh
 from .render import Views, composite, render
@@ -109,12 +109,12 @@ def build_asset(job: Job) -> Built | Refused | Unchanged:
         with job.place.local(job.limits) as (path, root):
             sha256 = _sha256(path, job.limits)
             if job.before is not None and job.before[0] == sha256:
-                beside = Sidecars(path, root, job.limits)
+                beside = Sidecars(path, root, job.limits, job.place.fetch)
                 if _same(beside, job.before[1]):
                     hashes = beside.hashes
                     return Unchanged(sidecars())
             warnings: list[str] = []
-            mesh = read_mesh(path, job.limits, root=root, warnings=warnings, sidecars=hashes)
+            mesh = read_mesh(path, job.limits, root=root, warnings=warnings, sidecars=hashes, fetch=job.place.fetch)
     except Rejected as rejected:
         return Refused(rejected, sidecars())
 

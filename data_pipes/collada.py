@@ -17,8 +17,9 @@ import numpy as np
 from scipy.sparse import coo_array
 
 from . import xml_reader
-from .limits import Limits, Rejected, Sidecars, decode_image
+from .limits import ANIMATED, Limits, Rejected, Sidecars, decode_image
 from .mesh import WHITE, Material, Mesh, merge, srgb_to_linear
+from .polygons import fans
 
 __all__ = ["read_collada"]
 
@@ -84,6 +85,8 @@ class _Reader:
         placed = [mesh for node in nodes for mesh in self._placed(node, np.eye(4), 0)]
         if not placed:
             raise Rejected("its scene has no triangles", "export the meshes too, as triangles", kind="empty")
+        if self.root.find("library_animations//channel") is not None:
+            self.warnings.append(ANIMATED)
         return merge(placed).transformed(self._to_metres_y_up())
 
     def _to_metres_y_up(self) -> np.ndarray:
@@ -271,15 +274,12 @@ class _Reader:
         count_P = _integers(part.findtext("vcount")) if part.tag == "polylist" else np.array([len(row) for row in rows])
         if not ((count_P >= 0) & (count_P <= len(corners_KI))).all() or count_P.sum() > len(corners_KI):
             raise Rejected("its polygons have fewer corners than they say", "copy or download it again")
-        # Triangle k of a polygon: its first corner and the k-th pair of neighbours after it.
-        first_P = np.cumsum(count_P) - count_P
-        triangles_P = np.maximum(count_P - 2, 0)
-        first_F = np.repeat(first_P, triangles_P)
-        k_F = np.arange(triangles_P.sum()) - np.repeat(np.cumsum(triangles_P) - triangles_P, triangles_P)
-        if part.tag != "tristrips":
-            return corners_KI, np.stack([first_F, first_F + k_F + 1, first_F + k_F + 2], axis=1)
-        odd_F = k_F % 2  # every other triangle of a strip is wound the other way
-        return corners_KI, np.stack([first_F + k_F, first_F + k_F + 1 + odd_F, first_F + k_F + 2 - odd_F], axis=1)
+        corners_F3, _ = fans(count_P)
+        if part.tag == "tristrips":
+            k_F = corners_F3[:, 1] - corners_F3[:, 0] - 1
+            odd_F = k_F % 2  # every other triangle of a strip is wound the other way
+            corners_F3 = corners_F3[:, :1] + np.stack([k_F, k_F + 1 + odd_F, k_F + 2 - odd_F], axis=1)
+        return corners_KI, corners_F3
 
     def _source(self, source: Element) -> np.ndarray:
         """[count, stride] of a <source>."""

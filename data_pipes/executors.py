@@ -14,10 +14,10 @@ from typing import Any
 from ..errors import UserError
 from ..progress import Bar
 from .asset import BuildSettings, Built, Job, Refused, Unchanged, build_asset, with_text
-from .find import Place
 from .ledger import Copy, Entry, Ledger, Make, Part, Settle, ShardTask, shard_name
 from .licences import LicenceFilter
 from .limits import Limits
+from .places import Place
 from .raw_sample import decode_json
 from .shards import FinishedShard, ShardInfo, ShardWriter, index_name, split_of
 from .store import Store

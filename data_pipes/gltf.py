@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .gltf_data import BROKEN, GltfData, as_float, denormalised
-from .limits import Limits, Rejected, Sidecars, decode_image
+from .limits import ANIMATED, Limits, Rejected, Sidecars, decode_image
 from .mesh import WHITE, Material, Mesh, merge
 
 __all__ = ["read_gltf"]
@@ -190,6 +190,9 @@ class _Reader:
                 placed.append(self._placed(mesh, influences, node, worlds, worlds[node_index]))
         if not placed:
             raise Rejected("its scene has no triangles", "export the meshes too, as triangles", kind="empty")
+        animations = self.data.header.get("animations")
+        if isinstance(animations, list) and any(isinstance(one, dict) and one.get("channels") for one in animations):
+            self.warnings.append(ANIMATED)
         return merge(placed)
 
     def _worlds(self) -> dict[int, np.ndarray]:

@@ -21,10 +21,8 @@ import numpy as np
 from ..errors import UserError
 from ..files import parse_json
 from .captions import AssetText
-from .find import Place
-
-UNKNOWN: list = [None, None]
 from .hashes import Hashes
+from .places import UNKNOWN, Place
 from .shards import ShardInfo, index_name
 from .store import Store
 

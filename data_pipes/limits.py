@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,12 @@ from PIL import Image
 
 from ..errors import UserError
 
-__all__ = ["Limits", "Rejected", "Sidecars", "decode_image"]
+__all__ = ["ANIMATED", "Fetch", "Limits", "Rejected", "Sidecars", "decode_image"]
 
+# (name below the root, most) -> what is there, None if nothing; more than `most` bytes may be cut to `most` + 1.
+Fetch = Callable[[str, int], "bytes | None"]
+
+ANIMATED = "it is animated: its rest pose is taken"  # a warning that every format words alike
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TGA", "GIF", "TIFF")
 
 
@@ -60,14 +65,18 @@ class Limits:
 
 
 class Sidecars:
-    """Read access to the files that a 3D file names: only inside `root`, never the network, with a limit on bytes.
+    """Read access to the files that a 3D file names: only inside `root`, with a limit on bytes.
+
+    A name never leads to the network. Where the 3D file itself came from there, `fetch` is asked for files inside
+    `root` that are not on this disk.
 
     hashes: of what was asked for so far, sha256 by name; None for a file that is not there.
     """
 
-    def __init__(self, path: Path, root: Path | None, limits: Limits) -> None:
+    def __init__(self, path: Path, root: Path | None, limits: Limits, fetch: Fetch | None = None) -> None:
         self.folder = path.parent.resolve()
         self.root = (root or path.parent).resolve()
+        self._fetch = fetch
         self._left = limits.file_bytes
         self.hashes: dict[str, str | None] = {}
 
@@ -76,17 +85,29 @@ class Sidecars:
 
         Raises: FileNotFoundError if there is none; Rejected if it lies outside or is too large.
         """
-        tried = [self._inside(name), self._inside(unquote(name).replace("\\", "/"))]
-        found = next((path for path in tried if path.is_file()), None)
-        if found is None:
+        tried = dict.fromkeys((self._inside(name), self._inside(unquote(name).replace("\\", "/"))))
+        data = next((found for path in tried if (found := self._bytes(path)) is not None), None)
+        if data is None:
             self.hashes[name] = None
             raise FileNotFoundError(name)
-        self._left -= found.stat().st_size
-        if self._left < 0:
-            raise Rejected("the files it names are too large together", "leave it out")
-        data = found.read_bytes()
         self.hashes[name] = hashlib.sha256(data).hexdigest()
         return data
+
+    def _bytes(self, path: Path) -> bytes | None:
+        """What is at a path inside the root; None if nothing is."""
+        if path.is_file():
+            self._take(path.stat().st_size)
+            return path.read_bytes()
+        if self._fetch is None or path == self.root:
+            return None
+        data = self._fetch(path.relative_to(self.root).as_posix(), self._left)
+        self._take(0 if data is None else len(data))
+        return data
+
+    def _take(self, n_bytes: int) -> None:
+        self._left -= n_bytes
+        if self._left < 0:
+            raise Rejected("the files it names are too large together", "leave it out")
 
     def _inside(self, name: str) -> Path:
         path = (self.folder / name).resolve()

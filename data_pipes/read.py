@@ -1,6 +1,6 @@
 """Reads a 3D file from outside into one coloured mesh.
 
-glTF by `gltf.py`, 3MF by `threemf.py`, COLLADA by `collada.py`; OBJ, OFF, PLY and STL through trimesh.
+glTF by `gltf.py`, 3MF by `threemf.py`, COLLADA by `collada.py`, USD by `usd.py`; OBJ, OFF, PLY and STL by trimesh.
 
 Every file is taken as hostile. What a reader cannot bound from within (time, memory, a crash in a native library) is
 bounded by the worker process that calls it (`build.py`).
@@ -21,14 +21,15 @@ from trimesh.resolvers import Resolver
 
 from .collada import read_collada
 from .gltf import read_gltf
-from .limits import Limits, Rejected, Sidecars
+from .limits import Fetch, Limits, Rejected, Sidecars
 from .mesh import Material, Mesh, merge, srgb_to_linear
 from .threemf import read_3mf
 
 __all__ = ["SUFFIXES", "Limits", "Rejected", "read_mesh"]
 
 VERSION = 1  # of what meshes come out: it changes with anything that changes them, so that no cache outlives it
-SUFFIXES = (".3mf", ".dae", ".glb", ".gltf", ".obj", ".off", ".ply", ".stl")
+USD_SUFFIXES = (".usd", ".usda", ".usdc", ".usdz")
+SUFFIXES = (".3mf", ".dae", ".glb", ".gltf", ".obj", ".off", ".ply", ".stl", *USD_SUFFIXES)
 
 
 def read_mesh(
@@ -38,23 +39,25 @@ def read_mesh(
     root: str | Path | None = None,
     warnings: list[str] | None = None,
     sidecars: dict[str, str | None] | None = None,
+    fetch: Fetch | None = None,
 ) -> Mesh:
-    """Read a 3MF, COLLADA (.dae), GLB, glTF, OBJ, OFF, PLY or STL file.
+    """Read a 3MF, COLLADA (.dae), GLB, glTF, OBJ, OFF, PLY, STL or USD file.
 
     Args:
         limits: on sizes; more is refused before it is decoded where the format allows.
         root: files that it names (textures, buffers) must lie in here; its own folder by default.
         warnings: gets a sentence for everything that was left out but does not spoil the mesh.
         sidecars: gets name and sha256 of every file that it names, None for one that is not there.
+        fetch: asked for files inside `root` that it names and that are not on the disk (see places.py).
     Returns: all triangles of the file's scene, at rest where it is animated. Formats that say what is up and how long
-        a unit is (3MF, COLLADA, glTF) come out +Y up and in metres, the others in the file's own frame and units.
+        a unit is (3MF, COLLADA, glTF, USD) come out +Y up and in metres, the others in the file's own frame and units.
     Raises: Rejected, with a reason and a hint.
     """
     path = Path(path)
     limits = limits or Limits()
     warnings = [] if warnings is None else warnings
     data = _bytes(path, limits)
-    beside = Sidecars(path, None if root is None else Path(root), limits)
+    beside = Sidecars(path, None if root is None else Path(root), limits, fetch)
     if sidecars is not None:
         beside.hashes = sidecars
     suffix = path.suffix.lower()
@@ -66,6 +69,8 @@ def read_mesh(
             mesh = read_collada(data, beside, limits, warnings)
         elif suffix == ".3mf":
             mesh = read_3mf(data, limits, warnings)
+        elif suffix in USD_SUFFIXES:
+            mesh = _read_usd(data, suffix, beside, limits, warnings)
         elif suffix in SUFFIXES:
             mesh = _read_by_trimesh(data, suffix[1:], beside, limits, warnings)
         else:
@@ -100,6 +105,14 @@ def _checked(mesh: Mesh, limits: Limits) -> Mesh:
             "all its triangles are without area", "check its scale; coordinates may be lost in rounding", kind="empty"
         )
     return mesh
+
+
+def _read_usd(data: bytes, suffix: str, sidecars: Sidecars, limits: Limits, warnings: list[str]) -> Mesh:
+    try:
+        from .usd import read_usd  # its library is large, and an extra
+    except ImportError:
+        raise Rejected("it needs the USD library, which is not installed", "pip install 'shapeloom[usd]'") from None
+    return read_usd(data, suffix, sidecars, limits, warnings)
 
 
 # ------------------------------------------------------------------------------------------------- OBJ, PLY, STL
