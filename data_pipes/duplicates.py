@@ -55,13 +55,15 @@ _PLACES = [
     np.array([_EXPONENTS.index(tuple(map(word.count, range(3)))) for word in itertools.product(range(3), repeat=k)])
     for k in range(4)
 ]
-# Each monomial but 1 as a lower one times a coordinate.
-_FACTORS = {
-    m: (_EXPONENTS.index((*e[:axis], e[axis] - 1, *e[axis + 1 :])), axis)
-    for m, e in enumerate(_EXPONENTS)
-    for axis in [next((axis for axis in range(3) if e[axis]), None)]
-    if axis is not None
-}
+
+
+def _lower(exponents: tuple[int, ...]) -> tuple[int, int]:
+    """A monomial as a lower one (its index) times a coordinate."""
+    axis = next(axis for axis in range(3) if exponents[axis])
+    return _EXPONENTS.index(tuple(e - (i == axis) for i, e in enumerate(exponents))), axis
+
+
+_FACTORS = {m: _lower(exponents) for m, exponents in enumerate(_EXPONENTS) if any(exponents)}
 SHAPE_SIZE = 16
 SHAPE_TOLERANCE = 2e-4
 COLOUR_TOLERANCE = 0.01
@@ -209,7 +211,7 @@ def find_duplicates(
     original_N[distinct_M] = distinct_M[_first_within(scaled_ND[distinct_M, :SHAPE_SIZE])]
     return [
         Duplicate(names[i], names[original_N[i]], "shape and colours" if full_N[i] else "shape")
-        for i in np.flatnonzero(original_N != np.arange(len(names)))
+        for i in np.flatnonzero(original_N != np.arange(len(names))).tolist()
     ]
 
 
