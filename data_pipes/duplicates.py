@@ -2,16 +2,25 @@
 
 A worker makes a `signature` of each asset; `find_duplicates` compares those of a whole dataset.
 
-The shape's part are norms of moment tensors of the surface. About the area's centroid, in units of the area's RMS
+The shape's part are invariants of the surface's moment tensors. About the area's centroid, in units of the area's RMS
 radius, with the mean taken over the area,
 
-    s(p, k) = || E[ |x|^(p - k)  x (x) ... (x) x ] ||        k factors, k = p, p - 2, ..., p in 2 ... 6,
+    M(p, k) = E[ |x|^(p - k)  x (x) ... (x) x ]        k factors; k = p, p - 2, ... >= 0; p = 2 ... 6:
 
-does not change when x is rotated or mirrored; nor does det E[x x^T]. These are integrals of polynomials over
-triangles, done exactly, so it does not matter how the surface is cut into triangles, how they are wound and in which
-order they come. (Moment invariants: Lo and Don, "3-D moment forms", PAMI 1989, there of volumes.)
+the eigenvalues for k = 2, the norm else. None changes when x is rotated or mirrored (so a mirror image counts as the
+same, as a left shoe and a right one do). They are integrals of polynomials over triangles, done exactly: it does not
+matter how the surface is cut into triangles, how they are wound and in which order they come. (Moment invariants: Lo
+and Don, "3-D moment forms", PAMI 1989, there of volumes.)
 The colours' part is the mean, the spread and the covariance with |x|^2 of the albedo over the surface; textures are
 sampled at some thousand points, so it is not exact.
+
+Measured on 1,898 real game props, the largest difference of any number between an asset and its copy, at worst over
+300 of them: turned, moved, scaled and cut into four times the triangles 2e-6 of the shape, 0.0024 of the colours;
+through OBJ with 6 decimals at a hundredth of a metre 3e-5 in 99 of 100. Different objects: 1.0e-3 the two nearest (two
+plain round carpets), 1.4e-3 a chest of two drawers and one of three. The three pairs nearer than 1e-5 are recoloured
+copies: of them a rug and the same with stripes are 0.013 apart in colour. Hence the tolerances.
+Not found: copies whose rounding makes faces coincide that did not (1 of 150, a bed whose planks touch), copies with
+anything added, however small, and those bent or stretched.
 """
 
 from __future__ import annotations
@@ -46,33 +55,35 @@ _PLACES = [
     np.array([_EXPONENTS.index(tuple(map(word.count, range(3)))) for word in itertools.product(range(3), repeat=k)])
     for k in range(4)
 ]
-# Each monomial but 1 as a lower one times a coordinate.
-_FACTORS = {
-    m: (_EXPONENTS.index((*e[:axis], e[axis] - 1, *e[axis + 1 :])), axis)
-    for m, e in enumerate(_EXPONENTS)
-    for axis in [next((axis for axis in range(3) if e[axis]), None)]
-    if axis is not None
-}
+
+
+def _lower(exponents: tuple[int, ...]) -> tuple[int, int]:
+    """A monomial as a lower one (its index) times a coordinate."""
+    axis = next(axis for axis in range(3) if exponents[axis])
+    return _EXPONENTS.index(tuple(e - (i == axis) for i, e in enumerate(exponents))), axis
+
+
+_FACTORS = {m: _lower(exponents) for m, exponents in enumerate(_EXPONENTS) if any(exponents)}
 SHAPE_SIZE = 16
 SHAPE_TOLERANCE = 2e-4
-COLOUR_TOLERANCE = 0.02
-CELLS = 8  # to a tolerance
+COLOUR_TOLERANCE = 0.01
+CELLS = 8  # to a tolerance, along each axis
 QUERIES = 1 << 16  # to the tree at once
 SIGNATURE_SIZE = SHAPE_SIZE + 9
 
 
 def signature(mesh: Mesh) -> np.ndarray:
-    """float32 [23]: 14 numbers about the shape, 9 about its colours.
+    """float32 [25]: 16 numbers about the shape, 9 about its colours.
 
     Args:
-        mesh: in any frame, each of its faces once: `Solid.mesh`.
+        mesh: in any frame; each of its faces once, as in `Solid.mesh`, or copies with and without twins differ.
     Raises: ValueError for a mesh without area.
     """
     area = mesh.face_areas.sum()
     if not area > 0:
         raise ValueError("a mesh without area has no signature")
     corners_F33 = mesh.triangles.astype(np.float64)
-    corners_F33 -= mesh.face_areas @ corners_F33.sum(axis=1) / (3 * area)
+    corners_F33 -= (mesh.face_areas @ corners_F33.reshape(-1, 9)).reshape(3, 3).sum(axis=0) / (3 * area)
     moments = _moments(corners_F33, mesh.face_areas) / area
     radius = np.trace(_tensor(moments, 2)) ** 0.5
     return np.concatenate([_shape(moments, radius), _colours(mesh, corners_F33 / radius)]).astype(np.float32)
@@ -114,25 +125,28 @@ def _shape(moments: np.ndarray, radius: float) -> np.ndarray:
     fourth, sixth = norms[4, 0], norms[6, 0]
     most = {2: 1.0, 3: fourth**0.75, 4: fourth, 5: sixth ** (5 / 6), 6: sixth}  # Hölder: norms of that degree reach it
     rest = [norm / most[degree] for (degree, factors), norm in norms.items() if factors not in (0, 2)]
-    return np.array([*(x / most[degree] for degree in axes for x in axes[degree]), fourth**-0.5, fourth**1.5 / sixth, *rest])
+    return np.array(
+        [*(x / most[degree] for degree in axes for x in axes[degree]), fourth**-0.5, fourth**1.5 / sixth, *rest]
+    )
 
 
 def _colours(mesh: Mesh, corners_F33: np.ndarray) -> np.ndarray:
     """[9] the mean (as sRGB), the spread and the covariance with |x|^2 of red, green and blue; by opacity."""
     face_N, barycentric_N3, area_N = _spread(mesh.face_areas)
-    rgba_N4 = mesh.albedo_linear(face_N, barycentric_N3).astype(np.float64)
-    weight_N = area_N * np.maximum(rgba_N4[:, 3], 1e-6)
+    red, green, blue, alpha_N = mesh.albedo_linear(face_N, barycentric_N3).T.astype(np.float64)
+    weight_N = area_N * np.maximum(alpha_N, 1e-6)  # what is clear has no colour, unless nothing else is there
     weight_N /= weight_N.sum()
-    squared_N = np.square(np.einsum("nk,nkc->nc", barycentric_N3, corners_F33[face_N])).sum(axis=1)
-    mean_3 = weight_N @ rgba_N4[:, :3]
-    apart_N3 = rgba_N4[:, :3] - mean_3
+    squared_N = np.square(np.einsum("nk,nkc->cn", barycentric_N3, corners_F33.take(face_N, axis=0))).sum(axis=0)
+    rgb_3N = np.stack([red, green, blue])
+    mean_3 = rgb_3N @ weight_N
+    rgb_3N -= mean_3[:, None]
     return np.concatenate(
-        [linear_to_srgb(mean_3), (weight_N @ apart_N3**2) ** 0.5, (weight_N * (squared_N - 1)) @ apart_N3]
+        [linear_to_srgb(mean_3), np.sqrt(np.square(rgb_3N) @ weight_N), rgb_3N @ (weight_N * (squared_N - 1))]
     )
 
 
 def _spread(area_F: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Centres of equal parts of the faces, more on larger faces: face [N], barycentrics [N, 3], area of the part [N]."""
+    """Centres of parts of faces, more on larger faces: face [N], barycentrics [N, 3] and the part's area [N]."""
     cuts_F = np.ceil(np.sqrt(_COLOUR_POINTS * area_F / area_F.sum())).astype(int).clip(1)
     parts = []
     for cuts in np.unique(cuts_F):
@@ -171,35 +185,39 @@ def find_duplicates(
 ) -> list[Duplicate]:
     """The assets that are earlier ones again, in the order of `names`.
 
+    The first of a group is the original and all others are compared with it, so that no chain of small steps makes one
+    group of different objects. "shape and colours" goes before "shape": of red, blue, blue, the second is the first's
+    shape and the third is the second again. A name in `of` can thus be a duplicate, but only one of shape.
+
+    N log N in time as long as no group is spread over many cells of an eighth of a tolerance; some 600
+    bytes an asset beyond the 100 of its signature (ten million: 7 GB), and 40 microseconds.
+
     Args:
-        names: N.
-        signatures: [N, 23] of `signature`.
-        shape_tolerance, colour_tolerance: how far any of the numbers may be apart.
-    Raises: ValueError for other shapes or numbers that are not finite.
+        names: N of them.
+        signatures: [N, 25] of `signature`.
+        shape_tolerance, colour_tolerance: how far any of the numbers may be apart, to an eighth.
+    Raises: ValueError for another shape or numbers that are not finite.
     """
     signatures = np.asarray(signatures)
     if signatures.shape != (len(names), SIGNATURE_SIZE) or not np.isfinite(signatures).all():
-        raise ValueError(f"signatures must be finite and [{len(names)}, {SIGNATURE_SIZE}], got {list(signatures.shape)}")
+        raise ValueError(
+            f"signatures must be finite and [{len(names)}, {SIGNATURE_SIZE}], got {list(signatures.shape)}"
+        )
     tolerance = np.repeat([shape_tolerance, colour_tolerance], [SHAPE_SIZE, SIGNATURE_SIZE - SHAPE_SIZE])
     scaled_ND = signatures / tolerance.astype(np.float32)
-    full_N = _first_within(scaled_ND)
-    originals_M = np.flatnonzero(full_N == np.arange(len(names)))
-    shape_M = originals_M[_first_within(scaled_ND[originals_M, :SHAPE_SIZE])]
-    shape_N = np.arange(len(names))
-    shape_N[originals_M] = shape_M
-    found: list[Duplicate] = []
-    for i in np.flatnonzero((full_N != np.arange(len(names))) | (shape_N != np.arange(len(names)))):
-        if full_N[i] != i:
-            found.append(Duplicate(names[i], names[full_N[i]], "shape and colours"))
-        else:
-            found.append(Duplicate(names[i], names[shape_N[i]], "shape"))
-    return found
+    original_N = _first_within(scaled_ND)
+    full_N = original_N != np.arange(len(names))
+    distinct_M = np.flatnonzero(~full_N)
+    original_N[distinct_M] = distinct_M[_first_within(scaled_ND[distinct_M, :SHAPE_SIZE])]
+    return [
+        Duplicate(names[i], names[original_N[i]], "shape and colours" if full_N[i] else "shape")
+        for i in np.flatnonzero(original_N != np.arange(len(names))).tolist()
+    ]
 
 
 def _first_within(points_ND: np.ndarray) -> np.ndarray:
-    """[N] for each point an original about 1 away or less along every axis, itself if there is none before it."""
-    # Points of one cell are taken as one: between thousands of copies, a nearest one is not found any faster than by
-    # looking at all.
+    """[N] for each point an original at most 1 away along every axis (to a cell), itself if there is none before it."""
+    # Points of one cell are taken as one: among thousands of copies, a tree finds the nearest by looking at them all.
     cells = np.rint(points_ND * CELLS).astype(np.int32).view(f"V{4 * points_ND.shape[1]}")[:, 0]
     _, place_M, cell_N = np.unique(cells, return_index=True, return_inverse=True)
     del cells

@@ -2,11 +2,16 @@
 
 Each finding is one sentence among an asset's warnings; it rejects the file only where `JudgeSettings.reject` says so.
 All is measured in the normalised object frame, after corners in the same place are joined.
+
+How often each kind is found on 1,898 game props that people made as single objects: open 8 %, flipped 0.7 %,
+degenerate 0.8 %, apart 0.5 % (sheaves of crops, a gate of two posts), empty 0.1 % (a spear, a fishing rod), the rest
+never.
 Shapes: V vertices, F faces, E edges, C connected parts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -20,8 +25,11 @@ from .sampling import Solid
 
 __all__ = ["KINDS", "JudgeSettings", "Measures", "findings", "measure"]
 
-Kind = Literal["open", "degenerate", "flipped", "parts", "apart", "floor", "scale", "empty"]
+Kind = Literal[
+    "open", "degenerate", "flipped", "parts", "apart", "floor", "scale", "empty", "texture", "animated", "duplicate"
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+ANIMATED = "it is animated"  # how a reader's sentence begins that tells of it
 DEGENERATE = 1e-6  # a face whose height over its longest edge is less than this part of that edge
 GROUPED = 512  # parts compared with each other for the gaps between them, the largest by area
 FLAT = 0.02  # height of a floor, as a part of the object's longest side
@@ -33,20 +41,26 @@ NO_VOLUME = (1e-6, 0.01)
 
 
 class JudgeSettings(BaseModel):
-    """From where on something is worth a warning. Shares are in [0, 1]; a share of 1 switches a check off."""
+    """From where on something is worth a warning. Shares are in [0, 1]; a share of 1 switches a check off.
+
+    Of the kinds that `reject` may name, "animated" has no threshold, and "duplicate" is no matter of one file alone:
+    what compares all of them (duplicates.py) decides it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    open_edges: float = Field(default=0.2, ge=0, le=1, description="share of edges that only one face has")
-    degenerate_faces: float = Field(default=0.05, ge=0, le=1, description="share of faces without area")
-    flipped_faces: float = Field(default=0.1, ge=0, le=1, description="share of faces wound the wrong way")
-    parts: int = Field(default=200, ge=1, description="connected parts")
-    gap: float = Field(default=0.2, ge=0, description="between groups of parts, in longest sides of the object")
-    group_share: float = Field(default=0.05, ge=0, le=1, description="of the area, for a group to count as one")
-    floor: bool = Field(default=True, description="look for a flat part under all the rest")
-    smallest: float = Field(default=1e-3, ge=0, description="longest side in the file's units (metres in glTF)")
-    largest: float = Field(default=1e4, gt=0, description="longest side in the file's units")
-    seen: float = Field(default=0.01, ge=0, le=1, description="share of the views' pixels that the object covers")
+    open_edges: float = Field(default=0.2, ge=0, le=1, description="open: share of edges that only one face has")
+    degenerate_faces: float = Field(default=0.1, ge=0, le=1, description="degenerate: share of faces without area")
+    flipped_faces: float = Field(default=0.1, ge=0, le=1, description="flipped: share of faces wound the wrong way")
+    parts: int = Field(default=200, ge=1, description="parts: connected parts")
+    gap: float = Field(default=0.2, ge=0, description="apart: between groups of parts, in the object's longest sides")
+    group_share: float = Field(default=0.05, ge=0, le=1, description="apart: of the area, for a group to count as one")
+    floor: bool = Field(default=True, description="floor: look for a flat part under all the rest")
+    smallest: float = Field(default=1e-3, ge=0, description="scale: longest side in the file's units (glTF: metres)")
+    largest: float = Field(default=1e4, gt=0, description="scale: longest side in the file's units")
+    seen: float = Field(default=0.005, ge=0, le=1, description="empty: share of the views' pixels that it covers")
+    texture_side: int = Field(default=4096, ge=1, description="texture: longest side of a texture, in pixels")
+    texture_pixels: int = Field(default=1 << 25, ge=1, description="texture: pixels of all its textures together")
     reject: tuple[Kind, ...] = Field(default=(), description=f"kinds that reject a file: {', '.join(KINDS)}")
 
 
@@ -57,13 +71,15 @@ class Measures:
     open_edge_share: of the distinct edges, those of one face alone; 0 for a watertight mesh.
     degenerate_share: of the faces, those without area.
     flipped_share: of the other faces, those wound the wrong way by their neighbours (`flipped_faces`) that are also
-        seen from behind more often than from the front: either alone errs, on cavities and on sheets.
+        seen from behind more often than from the front (either alone errs, on cavities and on sheets) and that are not
+        there a second time with the other winding.
     components: parts connected by shared vertices.
     groups: of parts closer than `gap`, see `part_groups`.
     floor: whether one part is a floor, see `has_floor`.
     longest_side: in the file's units.
     seen_share: mean alpha of all views; None without views.
-    textures, texture_side: how many images, and the longest side of the largest in pixels, 0 without.
+    textures, texture_side, texture_pixels: how many images, the longest side of the largest, and the pixels of all;
+        0 without.
     """
 
     open_edge_share: float
@@ -76,6 +92,7 @@ class Measures:
     seen_share: float | None
     textures: int
     texture_side: int
+    texture_pixels: int
 
     def to_json(self) -> dict[str, Any]:
         """Shares rounded to 4 digits, so that the last bit of a library does not change a shard."""
@@ -96,11 +113,14 @@ def measure(
     settings, joined = settings or JudgeSettings(), solid.mesh
     part_F = parts(joined)
     seen_from_behind_F = np.einsum("fc,fc->f", solid.fronts, joined.face_normals) < 0
+    flipped_F = flipped_faces(joined) & seen_from_behind_F
+    if flipped_F.any():
+        flipped_F &= ~two_sided(joined, mesh)
     images = {id(m.texture): m.texture.shape for m in mesh.materials if m.texture is not None}
     return Measures(
         open_edge_share=open_edge_share(joined),
         degenerate_share=degenerate_share(mesh),
-        flipped_share=float(np.mean(flipped_faces(joined) & seen_from_behind_F)),
+        flipped_share=float(np.mean(flipped_F)),
         components=int(part_F.max()) + 1,
         groups=part_groups(joined, part_F, settings.gap, settings.group_share),
         floor=has_floor(joined, part_F),
@@ -108,11 +128,16 @@ def measure(
         seen_share=None if alpha is None else float(alpha.sum() / (255 * alpha.size)),
         textures=len(images),
         texture_side=max((max(shape[:2]) for shape in images.values()), default=0),
+        texture_pixels=sum(shape[0] * shape[1] for shape in images.values()),
     )
 
 
-def findings(m: Measures, s: JudgeSettings) -> dict[Kind, str]:
-    """What is odd, one sentence a kind."""
+def findings(m: Measures, s: JudgeSettings, told: Sequence[str] = ()) -> dict[Kind, str]:
+    """What is odd, one sentence a kind; never "duplicate".
+
+    Args:
+        told: what the reader warned of. Its sentence on an animation is that of the kind "animated", word for word.
+    """
     found: dict[Kind, str] = {}
     if m.open_edge_share > s.open_edges:
         found["open"] = f"it is not watertight: {m.open_edge_share:.0%} of its edges are open"
@@ -130,6 +155,12 @@ def findings(m: Measures, s: JudgeSettings) -> dict[Kind, str]:
         found["scale"] = f"its longest side is {m.longest_side:.3g} units: its scale is hardly right"
     if m.seen_share is not None and m.seen_share < s.seen:
         found["empty"] = f"its views are nearly empty: it covers {m.seen_share:.1%} of them"
+    if m.texture_side > s.texture_side:
+        found["texture"] = f"it has a texture of {m.texture_side} pixels along a side"
+    elif m.texture_pixels > s.texture_pixels:
+        found["texture"] = f"its textures have {m.texture_pixels / 1e6:.0f} million pixels together"
+    if animated := next((sentence for sentence in told if sentence.startswith(ANIMATED)), None):
+        found["animated"] = animated
     return found
 
 
@@ -195,6 +226,18 @@ def flipped_faces(joined: Mesh) -> np.ndarray:
     return (sign_F != right_P[piece_F]) & (as_is_F != turned_F)
 
 
+def two_sided(joined: Mesh, mesh: Mesh) -> np.ndarray:
+    """[F] bool: faces of `joined` that `mesh`, of which it was made, has with both windings."""
+    count = len(joined.vertices)
+    place_V = np.unique(np.concatenate([joined.vertices, mesh.vertices]), axis=0, return_inverse=True)[1].ravel()
+    faces = np.concatenate([place_V[joined.faces], place_V[count:][mesh.faces]])
+    face_N = np.unique(np.sort(faces, axis=1), axis=0, return_inverse=True)[1].ravel()
+    smallest_N1 = faces.argmin(axis=1)[:, None]
+    second_N1, third_N1 = (np.take_along_axis(faces, (smallest_N1 + k) % 3, axis=1) for k in (1, 2))
+    upwards_N = (second_N1 < third_N1)[:, 0]
+    return ((np.bincount(face_N, upwards_N) > 0) & (np.bincount(face_N, ~upwards_N) > 0))[face_N[: len(joined.faces)]]
+
+
 def part_groups(joined: Mesh, part_F: np.ndarray, gap: float, share: float) -> int:
     """How many groups of parts there are whose boxes are further apart than `gap` longest sides of the object.
 
@@ -214,18 +257,25 @@ def part_groups(joined: Mesh, part_F: np.ndarray, gap: float, share: float) -> i
 
 
 def has_floor(joined: Mesh, part_F: np.ndarray) -> bool:
-    """Whether a flat part at the very bottom (-Y) spans the object's footprint, and something narrower stands on it."""
+    """Whether a flat part at the very bottom spans the object's footprint, and something narrower stands on it.
+
+    The bottom is at -Y, or at -Z as in OBJ, PLY and STL files of programmes that have +Z up: nothing in these says
+    which. In a file with +Y up, that finds a wall behind the object.
+    """
     low_C3, high_C3 = _boxes(joined, part_F)
     low_3, high_3 = low_C3.min(axis=0), high_C3.max(axis=0)
-    side, ground = (high_3 - low_3).max(), [0, 2]
-    flat = high_C3[:, 1] - low_3[1] <= FLAT * side
+    return any(_floor_along(axis, low_C3, high_C3, low_3, high_3) for axis in (1, 2))
+
+
+def _floor_along(axis: int, low_C3: np.ndarray, high_C3: np.ndarray, low_3: np.ndarray, high_3: np.ndarray) -> bool:
+    """As `has_floor`, at the lower end of an axis, given the boxes of the parts and of the whole."""
+    side, ground = (high_3 - low_3).max(), [other for other in range(3) if other != axis]
+    flat = high_C3[:, axis] - low_3[axis] <= FLAT * side
     spans = ((high_C3 - low_C3)[:, ground] >= SPANS * (high_3 - low_3)[ground]).all(axis=1)
-    floors = np.flatnonzero(flat & spans)
-    rest = np.ones(len(low_C3), bool)
-    rest[floors] = False
-    if not len(floors) or not rest.any() or high_3[1] - low_3[1] < RISES * side:
+    floor = flat & spans
+    if not floor.any() or floor.all() or high_3[axis] - low_3[axis] < RISES * side:
         return False
-    above_2 = high_C3[rest].max(axis=0)[ground] - low_C3[rest].min(axis=0)[ground]
+    above_2 = high_C3[~floor].max(axis=0)[ground] - low_C3[~floor].min(axis=0)[ground]
     return bool(above_2.prod() <= MOST_ABOVE * (high_3 - low_3)[ground].prod())
 
 

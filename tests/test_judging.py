@@ -116,6 +116,19 @@ def test_the_wall_of_a_cavity_is_not_flipped_and_a_moebius_strip_is_not_judged()
     assert not judging.flipped_faces(strip).any()
 
 
+def test_faces_of_both_windings_are_not_flipped() -> None:
+    sphere = trimesh.creation.icosphere(1)
+    lined = trimesh.Trimesh(sphere.vertices, np.concatenate([sphere.faces[:, ::-1], sphere.faces[:20]]), process=False)
+    assert measures(lined).flipped_share == pytest.approx(60 / 80)
+    assert measures(turned(lined, slice(80, None))).flipped_share == 1, "the same winding twice is one side only"
+    mesh = mesh_of(soup(lined)).normalised()[0]
+    joined = Solid(mesh, 512).mesh
+    both = judging.two_sided(joined, mesh)
+    centres = sphere.triangles_center[:20] / sphere.bounds[1, 0] * 0.9
+    want = (np.abs(joined.triangles.mean(axis=1)[:, None] - centres).max(axis=2) < 1e-5).any(axis=1)
+    assert both.sum() == 20 and (both == want).all()
+
+
 def test_parts_agree_with_another_implementation() -> None:
     shape = together(*(box(at=(2 * x, 2 * y, 0)) for x in range(5) for y in range(3)), trimesh.creation.icosphere(1))
     mesh = Solid(mesh_of(soup(shape)).normalised()[0], 512).mesh
@@ -150,6 +163,15 @@ def test_a_plane_under_a_box_is_a_floor() -> None:
     assert kinds(together(box(), box((4, 0.05, 1), at=(0, -0.55, 0)))) == {"floor"}, "as deep as the whole, and wider"
 
 
+def test_a_floor_may_be_at_minus_z_but_a_ceiling_is_none() -> None:
+    plane = box((4, 4, 0.05))
+    for z, floor in ((-0.55, True), (0.55, False)):
+        scene = together(box(), plane.copy().apply_translation((0, 0, z)))
+        assert measures(scene).floor == floor
+    sideways = together(box(), box((0.05, 4, 4), at=(-0.55, 0, 0)))
+    assert not measures(sideways).floor
+
+
 @pytest.mark.parametrize(("size", "odd"), [(1e-4, True), (0.01, False), (1000, False), (1e5, True)])
 def test_scale(size: float, odd: bool) -> None:
     shape = box((size, size / 2, size / 3), at=(size, 0, 0))
@@ -159,12 +181,12 @@ def test_scale(size: float, odd: bool) -> None:
 
 def test_near_empty_views() -> None:
     alpha = np.zeros((2, 10, 20), np.uint8)
-    alpha[0, 0, :3] = 255
+    alpha[0, 0, 0] = 255
     m = measures(box(), alpha=alpha)
-    assert m.seen_share == pytest.approx(3 / 400)
-    assert findings(m, JudgeSettings()) == {"empty": "its views are nearly empty: it covers 0.8% of them"}
-    alpha[1, 0, :1] = 255
-    assert not findings(measures(box(), alpha=alpha), JudgeSettings()), "1 % is enough"
+    assert m.seen_share == pytest.approx(1 / 400)
+    assert findings(m, JudgeSettings()) == {"empty": "its views are nearly empty: it covers 0.2% of them"}
+    alpha[1, 0, 0] = 255
+    assert not findings(measures(box(), alpha=alpha), JudgeSettings()), "0.5 % is enough"
 
 
 def test_textures_are_counted_once() -> None:
@@ -172,7 +194,24 @@ def test_textures_are_counted_once() -> None:
     materials = (WHITE, Material(np.ones(4), image), Material(np.ones(4), image), Material(np.ones(4), image[:, :4]))
     mesh, back = mesh_of(box(), *materials).normalised()
     m = measure(mesh, Solid(mesh, 512), back, None)
-    assert (m.textures, m.texture_side) == (2, 32)
+    assert (m.textures, m.texture_side, m.texture_pixels) == (2, 32, 8 * 32 + 8 * 4)
+    assert findings(m, JudgeSettings(texture_side=32, texture_pixels=288)) == {}
+    (sentence,) = findings(m, JudgeSettings(texture_side=31)).values()
+    assert sentence == "it has a texture of 32 pixels along a side"
+    assert set(findings(m, JudgeSettings(texture_pixels=287))) == {"texture"}
+
+
+def test_what_a_reader_told_of_an_animation_is_a_finding() -> None:
+    told = ["a texture cannot be decoded, so its colours are not used", "it is animated: it is taken as it stands"]
+    m = measures(box())
+    assert findings(m, JudgeSettings(), told) == {"animated": told[1]}
+    assert findings(m, JudgeSettings(), told[:1]) == findings(m, JudgeSettings()) == {}
+
+
+def test_kinds_that_reject_are_those_of_the_settings() -> None:
+    assert JudgeSettings(reject=("animated", "duplicate", "texture")).reject == ("animated", "duplicate", "texture")
+    text = JudgeSettings.model_json_schema()["properties"]["reject"]["description"]
+    assert all(kind in text for kind in judging.KINDS)
 
 
 def test_a_build_warns_and_rejects_as_it_is_told(tmp_path: Path) -> None:
