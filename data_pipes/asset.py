@@ -128,12 +128,12 @@ def build_asset(job: Job) -> Built | Refused | Unchanged:
         views = render(mesh, cameras, samples_per_axis=settings.samples_per_axis)
         views = views if settings.lit else replace(views, lit=views.lit[:0])
     measures = measure(mesh, solid, transform, None if views is None else views.albedo[..., 3], settings.judge)
-    found = findings(measures, settings.judge)
+    found = findings(measures, settings.judge, warnings)
     for kind in settings.judge.reject:
         if kind in found:
             reason = Rejected(found[kind], f"mend it, or take '{kind}' out of judge.reject")
             return Refused(reason, sidecars(), None if views is None else _picture(views))
-    warnings += found.values()
+    warnings += [sentence for sentence in found.values() if sentence not in warnings]
     members = encode_raw_sample(
         job.uid,
         **_said(job.file, job.text),

@@ -33,7 +33,8 @@ import numpy as np
 from ..errors import UserError
 from ..progress import Bar
 from .asset import BuildSettings
-from .captions import AssetText, caption_from_name, read_captions, words_of
+from .caption_twins import words_of
+from .captions import AssetText, caption_from_name, read_captions
 from .duplicates import SIGNATURE_SIZE, find_duplicates
 from .executors import Context, Guard, make_all, make_all_on_ray
 from .find import Place, find
@@ -274,7 +275,7 @@ class _Tally:
         self.from_names += not entry.text.captions
         self.warnings += entry.warnings > 0
         for caption in entry.text.captions or [caption_from_name(entry.file)]:
-            self.captions.add(words_of(caption))
+            self.captions.add(" ".join(words_of(caption)))
 
 
 def _rejection(entry: Entry) -> dict[str, Any]:

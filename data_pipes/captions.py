@@ -15,12 +15,12 @@ from typing import Any
 
 from ..errors import UserError
 
-__all__ = ["AssetText", "caption_from_name", "read_captions", "words_of"]
+__all__ = ["JSON_SUFFIXES", "AssetText", "caption_from_name", "read_captions"]
 
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _OPTIONAL = {"category": "category", "licence": "licence", "license": "licence", "author": "author", "source": "source"}
 _FORM = "file,caption[,caption_*][,category][,licence][,author][,source]"
 _JSON_FORM = '{"file": "chair.glb", "captions": ["a chair"], "licence": "CC0-1.0"}'
-_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _MAX_BYTES = 1 << 30
 
 _Row = tuple[int, str, dict[str, list[str]]]  # line, file as written, and what is said of it by field
@@ -50,7 +50,7 @@ def read_captions(path: str | Path, known_files: Iterable[str]) -> dict[str, Ass
     Raises: UserError naming the column, or the file and line.
     """
     path = Path(path)
-    rows = _json_rows(path) if path.suffix.lower() in _JSON_SUFFIXES else _csv_rows(path)
+    rows = _json_rows(path) if path.suffix.lower() in JSON_SUFFIXES else _csv_rows(path)
     known = set(known_files)
     gathered: dict[str, dict[str, list[str]]] = {}
     for line, cell, said in rows:
@@ -58,11 +58,6 @@ def read_captions(path: str | Path, known_files: Iterable[str]) -> dict[str, Ass
         for name, values in said.items():
             fields.setdefault(name, []).extend(filter(None, (" ".join(value.split()) for value in values)))
     return {file: _asset_text(path, file, fields) for file, fields in gathered.items()}
-
-
-def words_of(caption: str) -> str:
-    """What is left of a caption without case and punctuation: its words in order."""
-    return " ".join(re.findall(r"\w+", caption.casefold()))
 
 
 def caption_from_name(file: str) -> str:

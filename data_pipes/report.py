@@ -10,10 +10,8 @@ import base64
 import io
 import json
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +20,28 @@ from PIL import Image
 
 from ..errors import UserError
 from ..files import write_atomic
+from .caption_twins import Group, bag, bag_hash, odd_word, text_hash
 from .raw_sample import decode_webp
 from .render import composite
+from .report_pieces import LISTED, bars, bytes_said, counts_table, fact, finding, histogram, plot, safe, section, table
 from .shards import ShardFolder
-from .survey import NONE_GIVEN, Rejections, Survey, read_rejections, strings, survey, text_key, words_key
+from .survey import (
+    ANIMATED,
+    NONE_GIVEN,
+    Doubles,
+    Rejections,
+    Survey,
+    read_duplicates,
+    read_rejections,
+    strings,
+    survey,
+)
 
 __all__ = ["write_report"]
 
 THUMBNAIL = 144  # pixels; shown at up to this size, so sharp on a dense phone screen too, where it is shown smaller
-LISTED = 12  # rows of a table of names; the rest is summed up
 WORDS = 40
+MOST_PIXELS = 1 << 24  # of a picture beside the shards
 MOST_KINDS = 40  # kinds of warnings and rejections told apart on the page
 # What is known of a mesh: how it is called, and whether it is a count (shares are the others).
 MESH_PLOTS = {
@@ -39,7 +49,6 @@ MESH_PLOTS = {
     "faces": ("Faces", True),
     "materials": ("Materials", True),
     "textures": ("Textures", True),
-    "texture_side": ("Largest texture, pixels", True),
     "components": ("Unconnected parts", True),
     "open_edge_share": ("Open edges", False),
     "flipped_share": ("Faces wound the wrong way", False),
@@ -63,8 +72,10 @@ def write_report(raw: str | Path, out: str | Path | None = None, *, count: int =
     out = Path(out) if out is not None else Path(raw) / "report.html"
     if out.is_dir():
         raise UserError(f"{out} is a folder: give the name of the page, such as {out / 'report.html'}")
-    found, rejections = survey(shards), read_rejections(Path(raw))
-    write_atomic(out, _page(shards, found, rejections, count))
+    rejections, doubles = read_rejections(shards.folder), read_duplicates(shards.folder)
+    pairs = [entry for kind in (doubles or {}).values() for entry in kind.first]
+    found = survey(shards, {entry[key] for entry in pairs for key in ("file", "of")})
+    write_atomic(out, _page(shards, found, rejections, doubles, count))
     rejected = sum(kind.count for kind in rejections.values())
     return (
         f"{out}: {len(shards)} assets, {rejected} rejected files, {found.with_warnings} assets with warnings, "
@@ -72,13 +83,21 @@ def write_report(raw: str | Path, out: str | Path | None = None, *, count: int =
     )
 
 
-def _page(shards: ShardFolder, found: Survey, rejections: Mapping[str, Rejections], count: int) -> str:
-    title = _text(shards.folder.resolve().name or "raw shards")
+def _page(
+    shards: ShardFolder,
+    found: Survey,
+    rejections: Mapping[str, Rejections],
+    doubles: Mapping[str, Doubles] | None,
+    count: int,
+) -> str:
+    title = safe(shards.folder.resolve().name or "raw shards")
     css = Path(__file__).with_suffix(".css").read_text("utf-8")
     sections = [
         _contact_sheet(shards, count),
-        _rejected(rejections),
+        _rejected(shards.folder, rejections),
         _warned(shards, found),
+        _animated(shards, found),
+        _doubled(shards, found, doubles),
         _captions(shards, found),
         _sizes(found),
         _provenance(found),
@@ -92,21 +111,24 @@ def _page(shards: ShardFolder, found: Survey, rejections: Mapping[str, Rejection
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}: data report</title><style>{css}</style></head>\n<body><main>"
-        f'<header><p class="kind">Data report</p><h1>{title}</h1>{_overview(shards, found, rejections)}'
+        f'<header><p class="kind">Data report</p><h1>{title}</h1>{_overview(shards, found, rejections, doubles)}'
         f"<nav>{links}</nav></header>\n{''.join(sections)}</main></body></html>\n"
     )
 
 
-def _overview(shards: ShardFolder, found: Survey, rejections: Mapping[str, Rejections]) -> str:
+def _overview(
+    shards: ShardFolder, found: Survey, rejections: Mapping[str, Rejections], doubles: Mapping[str, Doubles] | None
+) -> str:
     n, rejected = len(shards), sum(kind.count for kind in rejections.values())
     n_bytes = sum(shard["bytes"] for shard in shards.manifest["shards"])
     tiles = [
         (f"{n:,}", "assets"),
         (f"{rejected:,}", "files rejected"),
         (f"{found.with_warnings:,}", "assets with warnings"),
+        *([(f"{sum(kind.count for kind in doubles.values()):,}", "doubles of another")] if doubles is not None else []),
         (f"{found.captions:,}", "captions"),
         (f"{len(shards.manifest['shards']):,}", "shards"),
-        (_bytes(n_bytes), f"{_bytes(n_bytes / max(n, 1))} an asset"),
+        (bytes_said(n_bytes), f"{bytes_said(n_bytes / max(n, 1))} an asset"),
     ]
     cells = "".join(f'<div class="tile"><b>{number}</b><span>{name}</span></div>' for number, name in tiles)
     return f'<div class="tiles">{cells}</div>{_split_bar(found.splits)}'
@@ -116,11 +138,11 @@ def _split_bar(splits: Counter[str]) -> str:
     total = max(1, splits.total())
     names = sorted(splits, key=lambda name: -splits[name])
     parts = "".join(
-        f'<i class="c{k % 6}" style="flex:{splits[name]}" title="{_text(name)} {splits[name]:,}"></i>'
+        f'<i class="c{k % 6}" style="flex:{splits[name]}" title="{safe(name)} {splits[name]:,}"></i>'
         for k, name in enumerate(names)
     )
     legend = "".join(
-        f'<li><i class="c{k % 6}"></i>{_text(name)} <b>{splits[name]:,}</b> '
+        f'<li><i class="c{k % 6}"></i>{safe(name)} <b>{splits[name]:,}</b> '
         f"<small>{splits[name] / total:.1%}</small></li>"
         for k, name in enumerate(names)
     )
@@ -138,12 +160,12 @@ def _contact_sheet(shards: ShardFolder, count: int) -> str:
         captions = strings(meta.get("captions"))
         more = f" · {len(captions)} captions" if len(captions) > 1 else ""
         figures.append(
-            f'<figure title="{_text(" / ".join([uid, *captions]), 600)}">{_thumbnail(shards, index)}<figcaption>'
-            f"<bdi>{_text(captions[0] if captions else 'no caption', 120)}</bdi>"
-            f'<small>{_text(shards.splits(index))}{more}</small><small class="uid">{_text(uid)}</small>'
+            f'<figure title="{safe(" / ".join([uid, *captions]), 600)}">{_thumbnail(shards, index)}<figcaption>'
+            f"<bdi>{safe(captions[0] if captions else 'no caption', 120)}</bdi>"
+            f'<small>{safe(shards.splits(index))}{more}</small><small class="uid">{safe(uid)}</small>'
             "</figcaption></figure>"
         )
-    return _section("assets", "Assets", about, f'<div class="sheet">{"".join(figures)}</div>')
+    return section("assets", "Assets", about, f'<div class="sheet">{"".join(figures)}</div>')
 
 
 def _thumbnail(shards: ShardFolder, index: int) -> str:
@@ -152,7 +174,23 @@ def _thumbnail(shards: ShardFolder, index: int) -> str:
     name = next((name for name in ("lit_00.webp", "view_00.webp") if name in members), None)
     if name is None:
         return '<div class="blank">no view is stored</div>'
-    image = Image.fromarray(composite(decode_webp(shards.read(index, [name])[name], f"{shards.uid(index)}.{name}")))
+    return _img(decode_webp(shards.read(index, [name])[name], f"{shards.uid(index)}.{name}"))
+
+
+def _picture(folder: Path, name: str) -> str:
+    """A picture that lies beside the shards as an <img>; nothing where there is none, or its name leads elsewhere."""
+    try:
+        path = (folder / name).resolve()
+        if not name or not path.is_relative_to(folder.resolve()):
+            return ""
+        with Image.open(path, formats=["WEBP", "PNG", "JPEG"]) as image:
+            return _img(np.asarray(image.convert("RGBA"))) if image.width * image.height <= MOST_PIXELS else ""
+    except (OSError, ValueError, SyntaxError):
+        return ""
+
+
+def _img(rgba_HW4: np.ndarray) -> str:
+    image = Image.fromarray(composite(rgba_HW4))
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=82, method=4)
@@ -160,98 +198,207 @@ def _thumbnail(shards: ShardFolder, index: int) -> str:
     return f'<img alt="" width="{image.width}" height="{image.height}" src="data:image/webp;base64,{data}">'
 
 
-def _rejected(rejections: Mapping[str, Rejections]) -> str:
+def _rejected(folder: Path, rejections: Mapping[str, Rejections]) -> str:
     total = sum(kind.count for kind in rejections.values())
     if not total:
-        return _section("rejected", "Rejected files", "", '<p class="fine">No file was rejected.</p>')
+        return section("rejected", "Rejected files", "", '<p class="fine">No file was rejected.</p>')
     cards = []
     for form, kind in list(rejections.items())[:MOST_KINDS]:
         reasons = [entry["reason"] for entry in kind.first]
         files = "".join(
-            f"<li><code>{_text(entry['file'], 160)}</code>{_told_apart(entry['reason'], reasons)}</li>"
+            f"<li><code>{safe(entry['file'], 160)}</code>{_told_apart(entry['reason'], reasons)}</li>"
             for entry in kind.first
         )
         more = f"<li>and {kind.count - len(kind.first):,} more</li>" if kind.count > len(kind.first) else ""
-        hint = f'<p class="hint">{_text(kind.first[0]["hint"])}</p>' if kind.first[0]["hint"] else ""
-        cards.append(_finding(kind.count, "file", _of_all(form, reasons), f"{hint}<ul>{files}{more}</ul>"))
+        hint = f'<p class="hint">{safe(kind.first[0]["hint"])}</p>' if kind.first[0]["hint"] else ""
+        figures = [
+            f'<figure title="{safe(entry["file"])}: {safe(entry["reason"])}">{picture}<figcaption>'
+            f'<small class="uid">{safe(entry["file"], 160)}</small></figcaption></figure>'
+            for entry in kind.pictured
+            if (picture := _picture(folder, entry["picture"]))
+        ]
+        sheet = f'<div class="sheet few">{"".join(figures)}</div>' if figures else ""
+        cards.append(finding(kind.count, "file", _of_all(form, reasons), f"{hint}{sheet}<ul>{files}{more}</ul>"))
     about = f"{total:,} files could not be used; rejected.jsonl lists them all."
-    return _section(
+    return section(
         "rejected", "Rejected files", about, f'<div class="pairs">{"".join(cards)}</div>', _left_out(len(rejections))
     )
 
 
 def _warned(shards: ShardFolder, found: Survey) -> str:
-    if not found.warnings:
-        return _section("warnings", "Warnings", "", '<p class="fine">No asset has a warning.</p>')
-    cards = []
-    for kind, n in found.warnings.most_common(MOST_KINDS):
-        figures = "".join(
-            f'<figure title="{_text(shards.uid(index))}: {_text(sentence)}">{_thumbnail(shards, index)}<figcaption>'
-            f'<small class="uid">{_text(shards.uid(index))}</small></figcaption></figure>'
-            for index, sentence in found.warned[kind]
+    kinds = [(kind, n) for kind, n in found.warnings.most_common() if not kind.startswith(ANIMATED)]
+    if not kinds:
+        other = "other " if found.warnings else ""
+        return section(
+            "warnings", "Warnings", "", f'<p class="fine">No asset has a{"n" * bool(other)} {other}warning.</p>'
         )
-        cards.append(
-            _finding(
-                n,
-                "asset",
-                _of_all(kind, [sentence for _, sentence in found.warned[kind]]),
-                f'<div class="sheet few">{figures}</div>',
-            )
+    cards = [
+        finding(
+            n,
+            "asset",
+            _of_all(kind, [sentence for _, sentence in found.warned[kind]]),
+            f'<div class="sheet few">{_figures(shards, found.warned[kind])}</div>',
         )
+        for kind, n in kinds[:MOST_KINDS]
+    ]
     share = found.with_warnings / max(1, len(shards))
     about = f"{found.with_warnings:,} of {len(shards):,} assets ({share:.1%}) have a warning; each kind with examples."
-    return _section(
-        "warnings", "Warnings", about, f'<div class="pairs">{"".join(cards)}</div>', _left_out(len(found.warnings))
+    return section("warnings", "Warnings", about, f'<div class="pairs">{"".join(cards)}</div>', _left_out(len(kinds)))
+
+
+def _animated(shards: ShardFolder, found: Survey) -> str:
+    """Those that were taken at rest; no section where there is none."""
+    kinds = [kind for kind in found.warnings if kind.startswith(ANIMATED)]
+    if not kinds:
+        return ""
+    some = [example for kind in kinds for example in found.warned[kind]]
+    sentences = [sentence for _, sentence in some]
+    card = finding(
+        found.animated(),
+        "asset",
+        _of_all("They are animated", sentences),
+        f'<div class="sheet few">{_figures(shards, some)}</div>',
+    )
+    return section("animated", "Animated assets", "", card)
+
+
+def _figures(shards: ShardFolder, examples: Sequence[tuple[int, str]]) -> str:
+    """Pictures of assets (index, sentence) with their names; the sentence where the pointer is."""
+    return "".join(
+        f'<figure title="{safe(shards.uid(index))}: {safe(sentence)}">{_thumbnail(shards, index)}<figcaption>'
+        f'<small class="uid">{safe(shards.uid(index))}</small></figcaption></figure>'
+        for index, sentence in examples
     )
 
 
+def _doubled(shards: ShardFolder, found: Survey, doubles: Mapping[str, Doubles] | None) -> str:
+    """Pairs side by side; no section where it is not known which files are doubles."""
+    if doubles is None:
+        return ""
+    if not doubles:
+        return section("doubles", "Doubles", "", '<p class="fine">No file is a double of another.</p>')
+
+    def side(file: str, picture: str = "") -> str:
+        """One of a pair, from the shards or from the picture beside them."""
+        there = found.places.get(file)
+        shown = _thumbnail(shards, there) if there is not None else _picture(shards.folder, picture)
+        shown = shown or '<div class="blank">not in the shards</div>'
+        return (
+            f'<figure title="{safe(file)}">{shown}<figcaption><small class="uid">{safe(file, 160)}</small>'
+            "</figcaption></figure>"
+        )
+
+    cards = []
+    for same, kind in list(doubles.items())[:MOST_KINDS]:
+        pairs = "".join(
+            f'<div class="pair">{side(entry["of"])}<span>=</span>{side(entry["file"], entry["picture"])}</div>'
+            for entry in kind.first
+        )
+        cards.append(finding(kind.count, "file", f"the same {safe(same)}", f'<div class="doubles">{pairs}</div>'))
+    about = "Files that are like one before them, beside which they are shown; duplicates.jsonl lists them all."
+    return section("doubles", "Doubles", about, *cards, _left_out(len(doubles)))
+
+
 def _captions(shards: ShardFolder, found: Survey) -> str:
-    repeated, near = found.duplicates(), found.near_duplicates()
+    repeated = found.duplicates()
+    same, near = found.twins.same_words(), found.twins.one_word_apart()
     facts = [
-        _fact(f"{found.captions / max(1, len(shards)):.2f}", "captions an asset"),
-        _fact(f"{_mean(found.words_per_caption):.1f}", "words a caption"),
-        _fact(f"{found.from_names:,}", "assets captioned by file name"),
-        _fact(f"{sum(n - 1 for n, _ in repeated):,}", "captions that repeat another"),
-        _fact(f"{len(near):,}", "sets of near duplicates"),
+        fact(f"{found.captions / max(1, len(shards)):.2f}", "captions an asset"),
+        fact(f"{_mean(found.words_per_caption):.1f}", "words a caption"),
+        fact(f"{found.from_names:,}", "assets captioned by file name"),
+        fact(f"{sum(n - 1 for n, _ in repeated):,}", "captions that repeat another"),
+        fact(f"{len(same):,}", "sets of the same words"),
+        fact(f"{len(near):,}", "sets one word apart"),
     ]
     plots = [
-        _bars("Captions an asset", found.captions_per_asset, "assets"),
-        _bars("Words a caption", found.words_per_caption, "captions"),
+        bars("Captions an asset", found.captions_per_asset, "assets"),
+        bars("Words a caption", found.words_per_caption, "captions"),
     ]
     most = max(found.words.values(), default=1)
     words = "".join(
-        f'<li style="--s:{0.8 + 0.9 * (n / most) ** 0.5:.2f}" title="{n:,} times"><bdi>{_text(word, 40)}</bdi></li>'
+        f'<li style="--s:{0.8 + 0.9 * (n / most) ** 0.5:.2f}" title="{n:,} times"><bdi>{safe(word, 40)}</bdi></li>'
         for word, n in found.words.most_common(WORDS)
     )
     parts = [f'<div class="tiles small">{"".join(facts)}</div>', f'<div class="plots">{"".join(plots)}</div>']
     if words:
         parts.append(f'<div class="card"><h3>Most frequent words</h3><ul class="words">{words}</ul></div>')
     if repeated:
-        rows = [(f"<bdi>{_text(text, 200)}</bdi>", f"{n:,}") for n, text in repeated[:LISTED]]
-        parts.append(_table(("Same caption", "times"), rows, len(repeated) - LISTED))
+        rows = [(f"<bdi>{safe(text, 200)}</bdi>", f"{n:,}") for n, text in repeated[:LISTED]]
+        parts.append(table(("Same caption", "times"), rows, len(repeated) - LISTED))
+    if same:
+        rows = [(_wordings(shards, group), f"{len(group.owners):,}") for group in same[:LISTED]]
+        title = "The same words: order, articles and plurals aside"
+        parts.append(table((title, "wordings"), rows, len(same) - LISTED))
     if near:
-        rows = [(_wordings(shards, key, indices), f"{len(indices):,}") for key, indices in near[:LISTED]]
-        parts.append(_table(("Same words in another order, articles aside", "wordings"), rows, len(near) - LISTED))
-    return _section("captions", "Captions", "", *parts)
+        rows = [(_but_for_a_word(shards, group), f"{len(group.owners):,}") for group in near[:LISTED]]
+        parts.append(table(("The same but for one word", "captions"), rows, len(near) - LISTED))
+    return section("captions", "Captions", "", *parts)
 
 
-def _wordings(shards: ShardFolder, key: int, indices: Sequence[int]) -> str:
-    """Up to three captions of the same words, from the assets that have them."""
-    captions = {
-        text_key(caption): caption
-        for index in dict.fromkeys(indices[:3])
-        for caption in strings(shards.read_json(index).get("captions"))
-        if words_key(caption) == key
-    }
-    return "<br>".join(f"<bdi>{_text(text, 200)}</bdi>" for text in list(captions.values())[:3])
+def _captions_of(shards: ShardFolder, owners: Sequence[int]) -> dict[int, str]:
+    """Captions of a few assets, by the hash of their text."""
+    metas = map(shards.read_json, dict.fromkeys(owners))
+    return {text_hash(caption): caption for meta in metas for caption in strings(meta.get("captions"))}
+
+
+def _wordings(shards: ShardFolder, group: Group) -> str:
+    """Up to three captions of the same words."""
+    captions = _captions_of(shards, group.owners[:3]).values()
+    alike = [caption for caption in captions if bag_hash(bag(caption)) == group.key]
+    return "<br>".join(f"<bdi>{safe(caption, 200)}</bdi>" for caption in alike[:3])
+
+
+def _but_for_a_word(shards: ShardFolder, group: Group) -> str:
+    """One of the captions with its word marked, and the words that others have there."""
+    odd: dict[str, str] = {}  # word -> a caption with it
+    whole = ""
+    for caption in _captions_of(shards, group.owners[:LISTED]).values():
+        words = bag(caption)
+        if word := odd_word(words, group.key):
+            odd.setdefault(word, caption)
+        elif bag_hash(words) == group.key:
+            whole = caption
+    others = [*(["none"] if whole else []), *odd]
+    for word, caption in odd.items():
+        if marked := _marked(caption, word):
+            others.remove(word)
+            more = ", …" if len(group.owners) > LISTED else ""
+            return f"<bdi>{marked}</bdi><br><small>or {safe(', '.join(others), 200)}{more}</small>"
+    return f"<bdi>{safe(whole, 200)}</bdi>"
+
+
+def _marked(caption: str, word: str) -> str:
+    """The caption with the first place of a word of its bag marked; nothing where it is not found."""
+    for match in re.finditer(r"\w+(?:['’-]\w+)*", caption[:200]):
+        if bag(match[0]) == [word]:
+            before, after = caption[: match.start()], caption[match.end() :]
+            return f"{safe(before)}<mark>{safe(match[0])}</mark>{safe(after, 200)}"
+    return ""
 
 
 def _sizes(found: Survey) -> str:
     if not found.mesh:
         about = "The assets record no mesh statistics, as those of a procedural set do not."
-        return _section("sizes", "Sizes", about, "")
-    plots = [_histogram(name, found.mesh[key], log) for key, (name, log) in MESH_PLOTS.items() if key in found.mesh]
-    return _section("sizes", "Sizes", "The median is marked.", f'<div class="plots">{"".join(plots)}</div>')
+        return section("sizes", "Sizes", about, "")
+    plots = [histogram(name, found.mesh[key], log) for key, (name, log) in MESH_PLOTS.items() if key in found.mesh]
+    if "texture_side" in found.mesh:
+        plots.insert(4, _texture_sizes(found.mesh["texture_side"]))
+    return section("sizes", "Sizes", "The median is marked.", f'<div class="plots">{"".join(plots)}</div>')
+
+
+def _texture_sizes(sides: Sequence[float]) -> str:
+    """The larger side of each asset's largest texture, in powers of two."""
+    powers = Counter(int(np.ceil(np.log2(side))) if side >= 1 else -1 for side in sides)  # -1: it has no texture
+    present = [power for power in powers if power >= 0]
+    if not present:
+        return ""
+    classes = [*([-1] if -1 in powers else []), *range(min(present), max(present) + 1)]
+    names = ["no texture" if power < 0 else f"{2**power:,}" for power in classes]
+    tips = [
+        f"{name if power < 0 else f'up to {name} pixels'}: {powers[power]:,} assets"
+        for name, power in zip(names, classes)
+    ]
+    return plot("Largest texture, pixels", [powers[power] for power in classes], tips, (names[0], names[-1]))
 
 
 def _provenance(found: Survey) -> str:
@@ -261,18 +408,18 @@ def _provenance(found: Survey) -> str:
         licences[licence] += n
         authors[author] += n
     tables = [
-        _counts(("Licence", "assets"), licences),
-        _counts(("Author", "assets"), authors),
-        _counts(("Category", "assets"), found.categories),
+        counts_table(("Licence", "assets"), licences),
+        counts_table(("Author", "assets"), authors),
+        counts_table(("Category", "assets"), found.categories),
     ]
     unknown = licences[NONE_GIVEN]
     about = f"{unknown:,} assets name no licence." if unknown else "Every asset names a licence."
-    return _section("origin", "Licences, authors, categories", about, f'<div class="columns">{"".join(tables)}</div>')
+    return section("origin", "Licences, authors, categories", about, f'<div class="columns">{"".join(tables)}</div>')
 
 
 def _settings(shards: ShardFolder) -> str:
-    rows = "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in _flat(shards.manifest["settings"]))
-    return _section("settings", "Built with", "", f'<div class="card"><dl>{rows}</dl></div>')
+    rows = "".join(f"<dt>{safe(key)}</dt><dd>{safe(value)}</dd>" for key, value in _flat(shards.manifest["settings"]))
+    return section("settings", "Built with", "", f'<div class="card"><dl>{rows}</dl></div>')
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
@@ -284,131 +431,18 @@ def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, s
             yield above + key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-# ------------------------------------------------------------------------------------------------- pieces of a page
-
-
-def _text(value: object, most: int = 500) -> str:
-    """Text from the data as HTML: escaped, cut to `most` characters, without control and direction characters."""
-    shown = "".join(
-        " " if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in "\u202a\u202b\u202c\u202d\u202e" else c
-        for c in str(value)[: most + 1]
-    )
-    return escape(shown[:most].rstrip() + "…" if len(shown) > most else shown)
-
-
-def _section(anchor: str, title: str, about: str, *content: str) -> str:
-    told = f'<p class="about">{about}</p>' if about else ""
-    return f'<section id="{anchor}"><h2>{title}</h2>{told}{"".join(content)}</section>\n'
-
-
-def _finding(n: int, of: str, sentence: str, body: str) -> str:
-    """A card on one kind of trouble."""
-    count = f"<b>{n:,}</b> {of}{'s' if n != 1 else ''}"
-    return f'<div class="card finding"><p class="count">{count}</p><div><h3>{sentence}</h3>{body}</div></div>'
-
-
 def _of_all(form: str, sentences: Sequence[str]) -> str:
     """The sentence where all are one, otherwise what they have in common."""
-    return _text(sentences[0] if len(set(sentences)) == 1 else form)
+    return safe(sentences[0] if len(set(sentences)) == 1 else form)
 
 
 def _told_apart(sentence: str, sentences: Sequence[str]) -> str:
-    return f" {_text(sentence, 160)}" if len(set(sentences)) > 1 else ""
+    return f" {safe(sentence, 160)}" if len(set(sentences)) > 1 else ""
 
 
 def _left_out(n_kinds: int) -> str:
     return f'<p class="about">and {n_kinds - MOST_KINDS:,} more kinds</p>' if n_kinds > MOST_KINDS else ""
 
 
-def _fact(number: str, name: str) -> str:
-    return f'<div class="tile"><b>{number}</b><span>{name}</span></div>'
-
-
-def _table(head: tuple[str, str], rows: Iterable[tuple[str, str]], left: int = 0) -> str:
-    body = "".join(f'<tr><th scope="row">{name}</th><td>{number}</td></tr>' for name, number in rows)
-    more = f'<p class="about">and {left:,} more</p>' if left > 0 else ""
-    top = f'<th scope="col">{head[0]}</th><th scope="col">{head[1]}</th>'
-    return f'<div class="card"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>{more}</div>'
-
-
-def _counts(head: tuple[str, str], counts: Counter[str]) -> str:
-    """A table of names with a bar behind each."""
-    most = max(counts.values(), default=1)
-    rows = [
-        (f'<span class="share" style="--w:{100 * n / most:.1f}%"><bdi>{_text(name, 80)}</bdi></span>', f"{n:,}")
-        for name, n in counts.most_common(LISTED)
-    ]
-    return _table(head, rows, len(counts) - LISTED)
-
-
-def _bars(title: str, counts: Counter[int], of: str) -> str:
-    """A histogram of small whole numbers, a bar each; from 24 on in one bar."""
-    if not counts:
-        return ""
-    if len(counts) == 1:
-        only = f'<p class="only"><b>{next(iter(counts))}</b> for all of them</p>'
-        return f'<div class="card plot"><h3>{title}</h3>{only}</div>'
-    low, high = min(min(counts), 24), min(max(counts), 24)
-    heights = [sum(n for value, n in counts.items() if min(value, 24) == k) for k in range(low, high + 1)]
-    names = [f"{k}{' or more' if k == 24 and max(counts) > 24 else ''}" for k in range(low, high + 1)]
-    return _plot(title, heights, [f"{name}: {n:,} {of}" for name, n in zip(names, heights)], (names[0], names[-1]))
-
-
-def _histogram(title: str, values: Sequence[float], log: bool) -> str:
-    """A histogram in 28 bins, or of whole numbers where they are few; `log`: counts, in bins of equal ratios."""
-    x_N = np.asarray(values)
-    if (x_N == np.rint(x_N)).all() and 0 < np.ptp(x_N) <= 24:
-        return _bars(title, Counter(x_N.astype(int).tolist()), "assets")
-    forward: Callable[..., Any] = np.log10 if log else np.asarray
-    back: Callable[..., Any] = (lambda y: 10.0**y) if log else np.asarray
-    scaled_N = forward(np.maximum(x_N, 1)) if log else x_N
-    low, high = float(scaled_N.min()), float(scaled_N.max())
-    heights, edges = np.histogram(scaled_N, bins=28, range=(low, high if high > low else low + 1))
-    say: Callable[[float], str] = (lambda v: f"{v:,.0f}") if log else (lambda v: f"{v:.1%}")
-    tips = [f"{say(back(a))} to {say(back(b))}: {n:,} assets" for a, b, n in zip(edges, edges[1:], heights)]
-    median = float(np.median(x_N))
-    place = (float(forward(max(median, 1) if log else median)) - edges[0]) / (edges[-1] - edges[0])
-    return _plot(title, heights.tolist(), tips, (say(x_N.min()), say(x_N.max())), (place, f"median {say(median)}"))
-
-
-def _plot(
-    title: str,
-    heights: Sequence[int],
-    tips: Sequence[str],
-    ends: tuple[str, str],
-    mark: tuple[float, str] | None = None,
-) -> str:
-    """Two or more bars as SVG. tips: one a bar; ends: labels of the axis; mark: (place in [0, 1], label)."""
-    width, height, top = 320.0, 92.0, 12.0
-    step, tallest = min(width / len(heights), 44), max(max(heights), 1)
-    gap = min(2.0, step / 6)
-    tall = [max(height * n / tallest, 1.5 if n else 0) for n in heights]  # a few are seen beside many
-    bars = "".join(
-        f'<rect x="{k * step + gap / 2:.1f}" y="{top + height - h:.1f}" width="{step - gap:.1f}" height="{h:.1f}">'
-        f"<title>{tip}</title></rect>"
-        for k, (h, tip) in enumerate(zip(tall, tips))
-    )
-    foot = top + height
-    line = label = ""
-    if mark:
-        x = step * len(heights) * mark[0]
-        line = f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 6}" y2="{foot}"/>'
-        label = f"<small>{mark[1]}</small>"
-    last = f'<text x="{step * len(heights):g}" y="{foot + 15}" text-anchor="end">{ends[1]}</text>'
-    return (
-        f'<div class="card plot"><h3>{title}{label}</h3><svg viewBox="0 0 {width:g} {foot + 20:g}" role="img" '
-        f'aria-label="{title}: {ends[0]} to {ends[1]}">{bars}<line class="axis" x1="0" x2="{width}" y1="{foot}" '
-        f'y2="{foot}"/>{line}<text x="0" y="{foot + 15}">{ends[0]}</text>{last}</svg></div>'
-    )
-
-
 def _mean(counts: Counter[int]) -> float:
     return sum(value * n for value, n in counts.items()) / max(1, counts.total())
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:,.3g} TB"

@@ -1,6 +1,7 @@
-"""What the json members and `rejected.jsonl` of a folder of raw shards say, summed up in one pass.
+"""What the json members of a folder of raw shards say, and the lists beside them, summed up in one pass.
 
-What is kept are numbers and hashes: 300 bytes a caption, so 12 MB for 10,000 assets of four captions each.
+The lists are `rejected.jsonl` and `duplicates.jsonl`, files that are doubles of others; either may be absent. What is
+kept are numbers and hashes.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,25 @@ import numpy as np
 
 from ..errors import UserError
 from ..progress import Bar
+from .caption_twins import ARTICLES, CaptionTwins, text_hash, words_of
 from .shards import ShardFolder
 
-__all__ = ["Rejections", "Survey", "general_form", "read_rejections", "survey"]
+__all__ = [
+    "ANIMATED",
+    "Doubles",
+    "Rejections",
+    "Survey",
+    "general_form",
+    "read_duplicates",
+    "read_rejections",
+    "strings",
+    "survey",
+]
 
-EXAMPLES = 6  # assets kept of a kind of warning
-ARTICLES = {"a", "an", "the"}
+EXAMPLES = 6  # assets kept of a kind of warning, pictures of a kind of rejection
+FILES = 3  # file names kept of a kind of rejection
+PAIRS = 8  # pairs kept of a kind of doubles
+ANIMATED = "it is animated"  # how the warning begins of an asset that was taken at rest
 LITTLE_WORDS = ARTICLES | set(
     re.findall(r"\w+", "and as at by for from in into is it its of on or that this to with without")
 )
@@ -63,13 +77,18 @@ class Survey:
     from_names: int = 0
     texts: Counter[int] = field(default_factory=Counter)  # captions by the hash of their text
     repeated: dict[int, str] = field(default_factory=dict)  # hash -> text, of those met again
-    wordings: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))  # hash of the words -> assets
+    twins: CaptionTwins = field(default_factory=CaptionTwins)  # of captions met the first time; owners are assets
+    wanted: Collection[str] = ()  # files to look out for
+    places: dict[str, int] = field(default_factory=dict)  # asset by its file, of the wanted ones
 
     def add(self, index: int, meta: Mapping[str, Any], split: str) -> None:
         """Count one asset in."""
         self.splits[split] += 1
         self.categories[_name(meta.get("category"))] += 1
         self.licences[_name(meta.get("licence")), _name(meta.get("author"))] += 1
+        file = meta.get("file")
+        if isinstance(file, str) and file in self.wanted:
+            self.places[file] = index
         mesh = meta.get("mesh")
         for key, value in mesh.items() if isinstance(mesh, dict) else ():
             if key in MESH_NUMBERS and isinstance(value, int | float) and np.isfinite(value):
@@ -90,10 +109,10 @@ class Survey:
         words = words_of(caption)
         self.words_per_caption[len(words)] += 1
         self.words.update(word for word in words if word not in LITTLE_WORDS)
-        text = text_key(caption)
+        text = text_hash(caption)
         self.texts[text] += 1
-        if self.texts[text] == 1 and words:
-            self.wordings[words_key(caption)].append(index)
+        if self.texts[text] == 1:
+            self.twins.add(index, caption)
         if self.texts[text] == 2:
             self.repeated[text] = caption
 
@@ -105,23 +124,9 @@ class Survey:
         """Captions that stand more than once, letter case and spaces aside: (times, text), most frequent first."""
         return sorted(((self.texts[key], text) for key, text in self.repeated.items()), key=lambda pair: -pair[0])
 
-    def near_duplicates(self) -> list[tuple[int, list[int]]]:
-        """Captions of the same words in another order, articles aside: hash, and an asset of each wording."""
-        groups = [(key, indices) for key, indices in self.wordings.items() if len(indices) > 1]
-        return sorted(groups, key=lambda group: -len(group[1]))
-
-
-def words_of(caption: str) -> list[str]:
-    """Lower-case words of a caption, in any script."""
-    return re.findall(r"\w+(?:['’-]\w+)*", caption.casefold())
-
-
-def text_key(caption: str) -> int:
-    return hash(" ".join(caption.casefold().split()))
-
-
-def words_key(caption: str) -> int:
-    return hash(tuple(sorted(word for word in words_of(caption) if word not in ARTICLES)))
+    def animated(self) -> int:
+        """Assets with a warning that they are animated."""
+        return sum(n for kind, n in self.warnings.items() if kind.startswith(ANIMATED))
 
 
 def strings(value: Any) -> list[str]:
@@ -132,9 +137,13 @@ def _name(value: Any) -> str:
     return value.strip() or NONE_GIVEN if isinstance(value, str) else NONE_GIVEN
 
 
-def survey(shards: ShardFolder) -> Survey:
-    """Read the json member of every asset. Raises UserError for a damaged one."""
-    found = Survey()
+def survey(shards: ShardFolder, wanted: Collection[str] = ()) -> Survey:
+    """Read the json member of every asset. Raises UserError for a damaged one.
+
+    Args:
+        wanted: files whose assets are to be found (Survey.places).
+    """
+    found = Survey(wanted=frozenset(wanted))
     with Bar(len(shards), "reading") as bar:
         for index in range(len(shards)):
             found.add(index, shards.read_json(index), shards.splits(index))
@@ -142,12 +151,16 @@ def survey(shards: ShardFolder) -> Survey:
     return found
 
 
+# ------------------------------------------------------------------------------------------- lists beside the shards
+
+
 @dataclass
 class Rejections:
-    """Files of one kind of reason: how many, and the first few as in rejected.jsonl."""
+    """Files of one kind of reason: how many, the first few as in rejected.jsonl, and the first that have a picture."""
 
     count: int = 0
     first: list[dict[str, str]] = field(default_factory=list)
+    pictured: list[dict[str, str]] = field(default_factory=list)
 
 
 def read_rejections(folder: Path) -> dict[str, Rejections]:
@@ -155,19 +168,53 @@ def read_rejections(folder: Path) -> dict[str, Rejections]:
 
     Raises: UserError naming the line that is no JSON object with a file and a reason.
     """
-    path = folder / "rejected.jsonl"
     found: dict[str, Rejections] = defaultdict(Rejections)
+    for entry in _entries(folder / "rejected.jsonl", ("file", "reason"), ("hint", "picture")):
+        kind = found[general_form(entry["reason"])]
+        kind.count += 1
+        if len(kind.first) < FILES:
+            kind.first.append(entry)
+        if entry["picture"] and len(kind.pictured) < EXAMPLES:
+            kind.pictured.append(entry)
+    return dict(sorted(found.items(), key=lambda item: -item[1].count))
+
+
+@dataclass
+class Doubles:
+    """Files that are doubles of one kind: how many, and the first as in duplicates.jsonl, each of another file."""
+
+    count: int = 0
+    first: list[dict[str, str]] = field(default_factory=list)
+
+
+def read_duplicates(folder: Path) -> dict[str, Doubles] | None:
+    """duplicates.jsonl by what is the same ("shape and colours", "shape"); None where there is no such file.
+
+    Raises: UserError naming the line that is no JSON object with file, of (whose double it is) and same.
+    """
+    path = folder / "duplicates.jsonl"
     if not path.is_file():
-        return found
+        return None
+    found: dict[str, Doubles] = defaultdict(Doubles)
+    for entry in _entries(path, ("file", "of", "same"), ("picture",)):
+        kind = found[entry["same"]]
+        kind.count += 1
+        if len(kind.first) < PAIRS and all(entry["of"] != other["of"] for other in kind.first):
+            kind.first.append(entry)
+    return dict(sorted(found.items(), key=lambda item: -item[1].count))
+
+
+def _entries(path: Path, needed: Sequence[str], others: Sequence[str]) -> Iterator[dict[str, str]]:
+    """The keys named, of each line of a file that may be absent; an absent one of the others is an empty text."""
+    if not path.is_file():
+        return
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 entry = json.loads(line)
-                file_name, reason, hint = str(entry["file"]), str(entry["reason"]), str(entry.get("hint") or "")
+                said = {key: str(entry[key]) for key in needed}
+                said |= {key: str(entry.get(key) or "") for key in others}
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                raise UserError(f"{path}: line {number} is no JSON object with a file and a reason") from None
-            kind = found[general_form(reason)]
-            kind.count += 1
-            if len(kind.first) < 3:
-                kind.first.append({"file": file_name, "reason": reason, "hint": hint})
-    return dict(sorted(found.items(), key=lambda item: -item[1].count))
+                names = f"{', '.join(needed[:-1])} and {needed[-1]}"
+                raise UserError(f"{path}: line {number} is no JSON object with {names}") from None
+            yield said

@@ -10,9 +10,8 @@ import typer
 
 from .. import __version__
 from ..errors import run_command
-from . import cli_eval
+from . import cli_data, cli_eval
 from .options import (
-    CORES,
     ConfigFile,
     Device,
     ImageGuidance,
@@ -25,7 +24,6 @@ from .options import (
     Solver,
     Steps,
     TextGuidance,
-    Workers,
     parse_seeds,
 )
 
@@ -37,14 +35,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Make, build and look at raw shards.", no_args_is_help=True)
 train_app = typer.Typer(
     help="Train one stage: on several devices, accelerate launch -m shapeloom.training.STAGE with the same options.",
     no_args_is_help=True,
 )
 import_app = typer.Typer(help="Bring in published weights.", no_args_is_help=True)
 export_app = typer.Typer(help="Hand pipelines to other software.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
+app.add_typer(cli_data.app, name="data")
 app.add_typer(import_app, name="import")
 app.add_typer(export_app, name="export")
 app.add_typer(train_app, name="train")
@@ -85,115 +82,6 @@ def doctor(
     from . import doctor as examination
 
     raise typer.Exit(examination.main(repair=repair, yes=yes))
-
-
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
-@data_app.command("procedural", epilog="Example: shapeloom data procedural --count 3000 --seed 0 --out raw/")
-def data_procedural(
-    out: Annotated[Path, typer.Option(help="The folder of raw shards to make.")],
-    count: Annotated[
-        int | None, typer.Option(min=1, help="How many objects.", show_default="the preset's, or 3000")
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(min=0, help="The same seed gives the same bytes.", show_default="the preset's, or 0"),
-    ] = None,
-    level: Annotated[
-        str | None,
-        typer.Option(
-            help="core: 6 shapes, 8 colours, one or two parts. full: more of each, up to three parts.",
-            show_default="the preset's, or core",
-        ),
-    ] = None,
-    workers: Workers = CORES,
-    preset: Preset = None,
-    overrides: Overrides = None,
-) -> None:
-    """Make the procedural reference set: objects of coloured primitives, with exact distances, views and captions.
-
-    A preset's section "data" (tiny:judge_data: another) is read first, then the options, then KEY=VALUE."""
-    from ..config import load_config
-    from ..data_pipes.procedural import ProceduralSettings, generate
-
-    options = {"level": level, "count": count, "seed": seed}
-    name, _, section = (preset or "").partition(":")
-    settings = load_config(
-        ProceduralSettings, name or None, section or "data", overrides=overrides or [], values=options
-    )
-    print(generate(out, settings, workers))
-
-
-@data_app.command("build", epilog="Example: shapeloom data build my_models/ --captions captions.csv --out raw/")
-def data_build(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="GLB, glTF, OBJ, PLY and STL files, at any depth.")],
-    out: Annotated[Path, typer.Option(help="The folder of raw shards to make.")],
-    captions: Annotated[
-        Path | None,
-        typer.Option(
-            help="CSV with the columns file and caption (and caption_2 ..., category, licence, author, source); or "
-            "JSONL with the keys file and captions (and the like).",
-            show_default="captions are made of the file names",
-        ),
-    ] = None,
-    licence: Annotated[
-        list[str] | None,
-        typer.Option(help="allow=CC0-1.0,CC-BY-4.0: these alone. deny=CC-BY-NC-4.0: all but these."),
-    ] = None,
-    workers: Workers = CORES,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Use only so many files.", show_default="all of them")
-    ] = None,
-    executor: Annotated[str, typer.Option(help="local, or ray.")] = "local",
-    preset: Preset = None,
-    overrides: Overrides = None,
-) -> None:
-    """Turn a folder of 3D files into raw shards; what cannot be used is in OUT/rejected.jsonl with the reason."""
-    from ..config import load_config
-    from ..data_pipes.build import BuildSettings, build
-    from ..data_pipes.licences import LicenceFilter
-
-    settings = load_config(BuildSettings, preset, "build", overrides=overrides or [])
-    licences = LicenceFilter.parse(licence or [])
-    print(build(folder, out, captions, settings, workers, limit=limit, licences=licences, executor=executor))
-
-
-@data_app.command("show", epilog="Example: shapeloom data show raw/ --count 24")
-def data_show(
-    raw: Annotated[Path, typer.Argument(metavar="RAW", help="A folder of raw shards.")],
-    out: Annotated[Path | None, typer.Option(help="The PNG to write.", show_default="contact_sheet.png in RAW")] = None,
-    count: Annotated[int, typer.Option(min=1, max=1000, help="How many objects to show.")] = 24,
-    split: Annotated[str | None, typer.Option(help="Only this split.", show_default="all of them")] = None,
-) -> None:
-    """Write a contact sheet of raw shards and print a short summary."""
-    from ..data_pipes.contact_sheet import sheet_of_raw
-
-    print(sheet_of_raw(raw, out or raw / "contact_sheet.png", count, split))
-
-
-@data_app.command("verify", epilog="Example: shapeloom data verify raw/")
-def data_verify(
-    raw: Annotated[Path, typer.Argument(metavar="RAW", help="A folder of raw or latent shards.")],
-) -> None:
-    """Check every byte and every sample of a folder of shards; says all that is wrong, and exits with 1 if anything."""
-    from ..data_pipes.verify import verify
-
-    verified = verify(raw)
-    print(verified)
-    raise typer.Exit(1 if verified.faults else 0)
-
-
-@data_app.command("report", epilog="Example: shapeloom data report raw/ --out report.html")
-def data_report(
-    raw: Annotated[Path, typer.Argument(metavar="RAW", help="A folder of raw shards.")],
-    out: Annotated[Path | None, typer.Option(help="The page to write.", show_default="report.html in RAW")] = None,
-    count: Annotated[int, typer.Option(min=1, max=1000, help="How many assets to show.")] = 48,
-) -> None:
-    """Write one HTML page: counts, rejections and warnings, pictures, captions, sizes, licences."""
-    from ..data_pipes.report import write_report
-
-    print(write_report(raw, out, count=count))
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ VERBS = [
     "data show",
     "data verify",
     "data report",
+    "data caption",
     "train clip",
     "train autoencoder",
     "train denoiser",

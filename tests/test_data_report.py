@@ -88,7 +88,7 @@ def test_the_numbers_are_those_of_the_data(raw: Path) -> None:
     assert (found["assets"], found["files rejected"], found["assets with warnings"]) == ("4", "2", "1")
     assert (found["captions"], found["captions an asset"], found["shards"]) == ("6", "1.50", "1")
     assert found["assets captioned by file name"] == "1" and found["captions that repeat another"] == "1"
-    assert found["sets of near duplicates"] == "1"
+    assert found["sets of the same words"] == "1" and found["sets one word apart"] == "0"
     assert "A red box on the table<" in html and "red table on a box<" in html
     faces = survey(ShardFolder(raw)).mesh["faces"]
     assert sorted(faces)[:2] == [4, 12] and 320 in faces
@@ -143,13 +143,13 @@ def test_the_page_needs_nothing_else_and_hostile_words_stay_words(tmp_path: Path
 
 def test_duplicates_are_counted_by_their_definitions() -> None:
     found = Survey()
-    captions = ["a red cup", "A red  cup", "cup, red", "the red cup", "red cup cup", "!!!", "???", "ein Haus"]
+    captions = ["a red cup", "A red  cup", "cups, red", "the red cup", "red cup cup", "!!!", "???", "ein Haus"]
     for index, caption in enumerate(captions):
         found.add(index, {"captions": [caption]}, "train")
     assert found.duplicates() == [(2, "A red  cup")]
-    (group,) = found.near_duplicates()
-    assert group[1] == [0, 2, 3]
-    assert found.words["cup"] == 6 and "the" not in found.words and found.words["haus"] == 1
+    (group,) = found.twins.same_words()
+    assert group.owners == [0, 2, 3]
+    assert found.words["cup"] == 5 and "the" not in found.words and found.words["haus"] == 1
     assert found.captions == len(captions) and found.words_per_caption[3] == 4
 
 
