@@ -241,7 +241,9 @@ def _duplicates(ledger: Ledger) -> list[_Again]:
     for entry in _samples(ledger):
         signatures.extend(entry.signature or ())
         n += 1
-    found = {d.name: d for d in find_duplicates(range(n), np.frombuffer(signatures, np.float32).reshape(n, SIGNATURE_SIZE))}
+    found = {
+        d.name: d for d in find_duplicates(range(n), np.frombuffer(signatures, np.float32).reshape(n, SIGNATURE_SIZE))
+    }
     named = found.keys() | {d.of for d in found.values()}
     entries = {number: entry for number, entry in enumerate(_samples(ledger)) if number in named} if found else {}
     return [_Again(entries[d.name].file, entries[d.name].uid, entries[d.of].file, d.same) for d in found.values()]

@@ -119,9 +119,7 @@ def _make_alone(task: ShardTask, places: dict[str, Place], context: Context) -> 
         _make_shard(task, places, context, results, bar)
 
 
-def _results(
-    tasks: Iterable[ShardTask], places: dict[str, Place], context: Context, workers: int
-) -> Iterator[_Result]:
+def _results(tasks: Iterable[ShardTask], places: dict[str, Place], context: Context, workers: int) -> Iterator[_Result]:
     guard = context.guard
     jobs = (_job(slot, places, context) for task in tasks for slot in task.slots if isinstance(slot, Make))
     return isolated_map(
@@ -197,9 +195,7 @@ def _outcome(
     return replace(entry, reason=result.reason, hint="open it in a 3D editor and export it again"), None
 
 
-def _copied(
-    entry: Entry, text: Any, licences: LicenceFilter, before: _Before
-) -> tuple[Entry, dict[str, bytes] | None]:
+def _copied(entry: Entry, text: Any, licences: LicenceFilter, before: _Before) -> tuple[Entry, dict[str, bytes] | None]:
     """A sample as it was, with the words that it has now."""
     members = before.read(entry.uid)
     if text == entry.text:

@@ -43,11 +43,11 @@ class RigSettings(BaseModel):
     kind:
       frontal: the first half (rounded up) within 40 degrees of the front, 5 to 35 degrees above; the rest from any
         azimuth, -10 to 60 degrees above.
-      shap-e: what Shap-E's encoder was given 20 of: views from directions that are uniform on the sphere (openai/shap-e,
-        util/data_util.py: "random" poses), distance 2 from an object in a unit cube, and all that twice as
-        large (rendering/blender/blender_script.py and util/data_util.py), through the lens of a new camera in Blender,
-        50 mm before a sensor of 36 mm: 39.6 degrees. Its objects have a longest side of 2 in that frame, ours of 1.8,
-        so that they are a tenth smaller in the picture.
+      shap-e: what Shap-E's encoder was given 20 of: views from directions that are uniform on the sphere
+        (openai/shap-e, util/data_util.py: "random" poses), distance 2 from an object in a unit cube, and all that twice
+        as large (rendering/blender/blender_script.py and util/data_util.py), through the lens of a new camera in
+        Blender, 50 mm before a sensor of 36 mm: 39.6 degrees. Its objects have a longest side of 2 in that frame, ours
+        of 1.8, so that they are a tenth smaller in the picture.
       fibonacci: as even a cover of the sphere, or of a band of it, as n points allow, from below to above: equal steps
         of height, the golden angle between neighbours (arXiv 0912.4540, section 3).
       turntable: equal steps of azimuth at one elevation, from the front towards +X.

@@ -94,8 +94,11 @@ def build(
     settings = load_config(BuildSettings, preset, "build", overrides=overrides or [])
     licences = LicenceFilter.parse(licence or [])
     workers = workers or (CORES if executor == "local" else None)
-    options = {"limit": limit, "licences": licences, "executor": executor, "retry": retry}
-    print(build_shards(folder, out, captions, settings, workers, **options))
+    print(
+        build_shards(
+            folder, out, captions, settings, workers, limit=limit, licences=licences, executor=executor, retry=retry
+        )
+    )
 
 
 @app.command("show", epilog="Example: shapeloom data show raw/ --count 24")

@@ -86,9 +86,7 @@ def test_without_a_cluster_ray_is_refused_in_a_sentence(folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("protocol", ["memory", "file"])
-def test_a_build_at_a_url_is_the_same(
-    folder: Path, tmp_path: Path, protocol: str, in_this_process: None
-) -> None:
+def test_a_build_at_a_url_is_the_same(folder: Path, tmp_path: Path, protocol: str, in_this_process: None) -> None:
     build(folder, tmp_path / "here", settings=SMALL)
     url = f"{protocol}://{tmp_path}/there"
     build(folder, url, settings=SMALL)
@@ -129,7 +127,11 @@ def test_a_build_at_a_url_that_is_stopped_goes_on(
 
 
 def test_stores_agree(tmp_path: Path) -> None:
-    for store in (LocalStore(tmp_path / "a"), RemoteStore(f"file://{tmp_path}/b"), RemoteStore(f"memory://{tmp_path}/c")):
+    for store in (
+        LocalStore(tmp_path / "a"),
+        RemoteStore(f"file://{tmp_path}/b"),
+        RemoteStore(f"memory://{tmp_path}/c"),
+    ):
         assert store.is_new() and store.sizes() == {} and store.sizes("parts") == {}
         store.delete("nothing")
         with pytest.raises(FileNotFoundError):

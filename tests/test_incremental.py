@@ -161,7 +161,9 @@ def test_other_words_change_the_json_alone(folder: Path, tmp_path: Path, made: l
     assert "CC-BY-4.0" in (tmp_path / "raw" / "attribution.csv").read_text()
 
 
-def test_a_licence_that_is_no_longer_allowed_takes_the_sample_out(folder: Path, tmp_path: Path, made: list[str]) -> None:
+def test_a_licence_that_is_no_longer_allowed_takes_the_sample_out(
+    folder: Path, tmp_path: Path, made: list[str]
+) -> None:
     captions = tmp_path / "captions.csv"
     rows = "".join(f"box{i}.ply,a box,CC0-1.0\n" for i in range(4))
     captions.write_text("file,caption,licence\n" + rows + "box4.ply,a box,CC0-1.0\n")
@@ -217,7 +219,8 @@ def test_adding_a_file_of_the_same_name_moves_no_uid(folder: Path, tmp_path: Pat
     build(folder, tmp_path / "raw", settings=SMALL)
     trimesh.creation.icosphere(1).export(folder / "box0.off")
     build(folder, tmp_path / "raw", settings=SMALL)
-    uids = {meta["file"]: meta["uid"] for meta in map(json.loads, (m["json"] for m in samples(tmp_path / "raw").values()))}
+    metas = [json.loads(members["json"]) for members in samples(tmp_path / "raw").values()]
+    uids = {meta["file"]: meta["uid"] for meta in metas}
     assert uids["box0.ply"] == "box0" and uids["box0.off"].startswith("box0-")
 
 

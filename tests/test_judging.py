@@ -231,7 +231,8 @@ def test_a_build_warns_and_rejects_as_it_is_told(tmp_path: Path) -> None:
     report = build(folder, tmp_path / "strict", settings=settings)
     assert report.rejected == 1
     (line,) = (tmp_path / "strict" / "rejected.jsonl").read_text().splitlines()
-    assert json.loads(line)["file"] == "pair.glb" and "not one object" in json.loads(line)["reason"] and "judge.reject" in json.loads(line)["hint"]
+    entry = json.loads(line)
+    assert entry["file"] == "pair.glb" and "not one object" in entry["reason"] and "judge.reject" in entry["hint"]
     build(folder, tmp_path / "strict", settings=settings)  # the manifest's own settings are the same ones
     with pytest.raises(UserError, match="other settings"):
         build(folder, tmp_path / "strict", settings=BuildSettings(**small))

@@ -85,7 +85,7 @@ def test_names_longer_than_a_tar_header_are_no_fault(tmp_path: Path) -> None:
         for uid in ("a" * 200, "b" * 96, "c" * 95, "d"):
             writer.write(uid, {"json": b"{}"}, "train")
     assert writer.info is not None
-    with tarfile.open((tmp_path / "raw" / writer.name)) as tar:
+    with tarfile.open(tmp_path / "raw" / writer.name) as tar:
         assert tar.getnames()[0] == "a" * 200 + ".json"
     write_manifest(
         tmp_path / "raw", format=LATENT_FORMAT, settings={}, shards=[writer.info], counts={"samples": 4, "train": 4}
