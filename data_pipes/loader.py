@@ -8,6 +8,7 @@ same samples come in the same order with the same draws.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,11 +21,15 @@ import numpy as np
 from ..errors import UserError
 from ..models.cameras import Cameras
 from .raw_sample import NORMAL_SCALE, decode_depth, decode_field, decode_json, decode_surface, decode_webp
+from .remote_shards import open_shards
+from .sample_bytes import Damaged
 from .shards import ShardFolder
 
 PARTS = ("surface", "field", "albedo", "lit", "pictures", "depth", "cameras")
 _VIEW_PREFIX = {"albedo": "view_", "lit": "lit_", "pictures": "lit_"}
 _ORDER_KEY = 0x6F72646572  # sets the order's random numbers apart from the samples'
+_STAND_IN_KEY = 0x7374616E64
+_STAND_INS = 1000  # more draws in a row do not fail where there is anything to be found
 
 Sample_co = TypeVar("Sample_co", covariant=True)
 Batch = TypeVar("Batch")
@@ -136,12 +141,17 @@ class RawSample:
 class RawDataset:
     """Samples of one split of a folder of raw shards, decoded once and then kept in RAM as far as it is allowed.
 
+    What is damaged (a shard missing or cut short, a sample that differs from its CRC-32 or cannot be decoded) is named.
+    With "skip" another sample of the split stands in for it, drawn by the place of the damaged one alone: so resuming
+    stays exact, ranks agree, and what a lost shard leaves open is shared by all the others.
+
     Args:
-        folder: of raw shards, or an opened one.
+        folder: of raw shards, a path or a URL (remote.py), or an opened one.
         split: one, several, or None for all.
-        parts: of `PARTS`; only these are read and decoded.
+        parts: of `PARTS`; only these are decoded.
         cache_bytes: decoded arrays are kept until they take this much; further ones are decoded each time.
-    Raises: UserError if the folder cannot be read, or the split or a part is not there.
+        damaged: "fatal" raises; "skip" says so once on stderr and goes on. An opened folder has its own.
+    Raises: UserError if the folder cannot be read, or the split or a part is not there; on reading, what is damaged.
     """
 
     def __init__(
@@ -150,8 +160,9 @@ class RawDataset:
         split: str | list[str] | None = None,
         parts: Iterable[str] = ("surface", "field", "albedo", "lit", "cameras"),
         cache_bytes: int = 2 << 30,
+        damaged: Damaged = "fatal",
     ) -> None:
-        self.shards = folder if isinstance(folder, ShardFolder) else ShardFolder(folder)
+        self.shards = folder if isinstance(folder, ShardFolder) else open_shards(folder, damaged=damaged)
         self.shards.refuse_unknown(split)
         self.indices = self.shards.where(split)
         self.parts = tuple(parts)
@@ -164,19 +175,68 @@ class RawDataset:
                 self._suffixes(int(self.indices[0]), part)  # which says so
         self._room = cache_bytes
         self._kept: dict[int, RawSample] = {}
+        self.skipped: dict[int, str] = {}  # what is wrong with each sample that another stood in for, by its index
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, i: int) -> RawSample:
-        sample = self._kept.get(i)
-        if sample is None:
-            sample = self._decode(int(self.indices[i]))
-            size = sum(array.nbytes for array in sample.stored.values()) + sum(map(len, sample.pictures or ()))
-            size += 4096  # json and cameras, roughly
-            if size <= self._room:
-                self._room -= size
-                self._kept[i] = sample
+        if (sample := self._sound(i)) is not None:
+            return sample
+        for k in sample_rng(_STAND_IN_KEY, i % len(self)).integers(len(self), size=_STAND_INS).tolist():
+            if (sample := self._sound(k)) is not None:
+                return sample
+        raise UserError(f"hardly a sample of {self.shards.folder} is sound: build it again")
+
+    def members(self, index: int) -> list[str]:
+        """What is read of a sample of the folder. Raises UserError if it lacks a part."""
+        return ["json", *(name for part in self.parts for name in self._suffixes(index, part))]
+
+    def decode(self, index: int, members: dict[str, bytes]) -> RawSample:
+        """A sample of the folder from its members' bytes. Raises UserError naming what cannot be decoded."""
+        uid = self.shards.uid(index)
+        where = f" in shard {self.shards.shard_name(index)}"
+        stored: dict[str, np.ndarray] = {}
+        cameras = pictures = None
+        for part in self.parts:
+            of_part = self._suffixes(index, part)
+            data, what = members[of_part[0]], f"{uid}.{of_part[0]}{where}"
+            if part == "cameras":
+                cameras = _cameras(decode_json(data, what), what)
+            elif part == "pictures":
+                pictures = tuple(members[name] for name in of_part)
+            elif part in _VIEW_PREFIX:
+                stored[part] = np.stack([decode_webp(members[name], f"{uid}.{name}{where}") for name in of_part])
+            elif part == "depth":
+                stored[part] = decode_depth(data, what)
+            else:
+                arrays = (decode_surface if part == "surface" else decode_field)(data, what)
+                stored |= {f"{part}.{name}": array for name, array in arrays.items()}
+        return RawSample(uid, index, decode_json(members["json"], f"{uid}.json{where}"), stored, cameras, pictures)
+
+    def pass_over(self, index: int, error: UserError) -> None:
+        """Leave a sample of the folder out, saying so once; raises `error` where damage is fatal."""
+        if self.shards.damaged == "fatal":
+            raise error
+        if index not in self.skipped and self.shards.shard_name(index) not in self.shards.faulty:
+            print(f"skipped: {error}", file=sys.stderr, flush=True)
+        self.skipped[index] = str(error)
+
+    def _sound(self, i: int) -> RawSample | None:
+        """A sample, kept where there is room; None if it is damaged."""
+        index = int(self.indices[i])
+        if i in self._kept or index in self.skipped:
+            return self._kept.get(i)
+        try:
+            sample = self.decode(index, self.shards.read(index, self.members(index), check=True))
+        except UserError as error:
+            self.pass_over(index, error)
+            return None
+        size = sum(array.nbytes for array in sample.stored.values()) + sum(map(len, sample.pictures or ()))
+        size += 4096  # json and cameras, roughly
+        if size <= self._room:
+            self._room -= size
+            self._kept[i] = sample
         return sample
 
     def _suffixes(self, index: int, part: str) -> list[str]:
@@ -185,27 +245,6 @@ class RawDataset:
         if not names:
             raise UserError(f"{self.shards.uid(index)} in {self.shards.folder} has no {part}: build it with that part")
         return names
-
-    def _decode(self, index: int) -> RawSample:
-        uid = self.shards.uid(index)
-        names = {part: self._suffixes(index, part) for part in self.parts}
-        members = self.shards.read(index, ["json", *(name for of_part in names.values() for name in of_part)])
-        stored: dict[str, np.ndarray] = {}
-        cameras = pictures = None
-        for part, of_part in names.items():
-            data, what = members[of_part[0]], f"{uid}.{of_part[0]}"
-            if part == "cameras":
-                cameras = _cameras(decode_json(data, what), what)
-            elif part == "pictures":
-                pictures = tuple(members[name] for name in of_part)
-            elif part in _VIEW_PREFIX:
-                stored[part] = np.stack([decode_webp(members[name], f"{uid}.{name}") for name in of_part])
-            elif part == "depth":
-                stored[part] = decode_depth(data, what)
-            else:
-                arrays = (decode_surface if part == "surface" else decode_field)(data, what)
-                stored |= {f"{part}.{name}": array for name, array in arrays.items()}
-        return RawSample(uid, index, decode_json(members["json"], f"{uid}.json"), stored, cameras, pictures)
 
 
 def _member(part: str) -> str:
@@ -300,12 +339,17 @@ class Batches(Generic[Sample_co, Batch]):
 
     def iterate(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Batches of steps from `start_step` on (to before `stop_step`); a thread makes one ahead."""
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-            step, ahead = start_step, None
-            while stop_step is None or step < stop_step:
-                ready = ahead or thread.submit(self.batch, step)
-                step += 1
-                more = stop_step is None or step < stop_step
-                batch = ready.result()
-                ahead = thread.submit(self.batch, step) if more else None
-                yield batch
+        return one_ahead(self.batch, start_step, stop_step)
+
+
+def one_ahead(make: Callable[[int], Batch], start: int, stop: int | None) -> Iterator[Batch]:
+    """make(start), make(start + 1), … to before `stop`; a thread makes one while the last is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        step, ahead = start, None
+        while stop is None or step < stop:
+            ready = ahead or thread.submit(make, step)
+            step += 1
+            more = stop is None or step < stop
+            batch = ready.result()
+            ahead = thread.submit(make, step) if more else None
+            yield batch

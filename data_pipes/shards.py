@@ -21,8 +21,8 @@ import hashlib
 import json
 import os
 import re
+import sys
 import tarfile
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from ..errors import UserError
 from ..files import ASIDE, parse_json, read_json, sha256_file, sha256_json
 from .index import INDEX, Index
 from .raw_sample import decode_json, encode_raw_sample
+from .sample_bytes import ByteSource, Damaged, crc32, cut_members, read_crc32
 from .store import LocalStore, Store, store_at
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "ShardInfo",
     "ShardWriter",
     "begin_folder",
+    "crc32",
     "encode_raw_sample",
     "finished_shard",
     "split_of",
@@ -85,14 +87,6 @@ def index_name(shard: str) -> str:
 
 def index_path(shard: Path) -> Path:
     return shard.with_name(index_name(shard.name))
-
-
-def crc32(parts: Iterable[bytes]) -> int:
-    """Of the parts joined: by it a damaged sample is found in its shard."""
-    value = 0
-    for part in parts:
-        value = zlib.crc32(part, value)
-    return value
 
 
 class ShardWriter:
@@ -318,14 +312,22 @@ def _first_difference(old: Any, new: dict[str, Any]) -> str:
 class ShardFolder:
     """A finished folder of shards, with random access by uid or by index in the order of the shards.
 
-    Opening reads the manifest and the indices and compares file sizes; bytes are checked by `verify` alone.
-    Reading is safe from several threads and processes.
+    Opening reads the manifest and the indices and compares file sizes; bytes are checked by `verify`, and by `read`
+    where it is asked to. Reading is safe from several threads and processes.
 
+    Args:
+        damaged: what a shard that is missing or of another size means here: "fatal" raises, "skip" says so on stderr.
     Raises: UserError where something is missing, unfinished, cut short or of another format.
     """
 
-    def __init__(self, folder: str | Path, format: str = RAW_FORMAT) -> None:
-        self.folder = Path(folder)
+    folder: Any  # Path; the URL of a remote one
+    retry_after_s: tuple[float, ...] = ()  # pauses after which what could not be read is asked for again
+
+    def __init__(self, folder: str | Path, format: str = RAW_FORMAT, damaged: Damaged = "fatal") -> None:
+        self.folder = self._here = Path(folder)
+        self.damaged = damaged
+        self.faulty: set[str] = set()  # names of shards that are known, and were said, to be damaged
+        self._crc32: dict[int, np.ndarray] = {}  # by shard
         self.manifest = self._read_manifest(format)
         for shard in self.manifest["shards"]:
             self._check(shard)
@@ -391,25 +393,53 @@ class ShardFolder:
         places = self._index.places(self._number(uid_or_index))
         return {name: size for name, (_, size) in places.items()}
 
-    def read(self, uid_or_index: str | int, suffixes: Iterable[str] | None = None) -> dict[str, bytes]:
+    def read(
+        self, uid_or_index: str | int, suffixes: Iterable[str] | None = None, *, check: bool = False
+    ) -> dict[str, bytes]:
         """Bytes of the asked members (all by default).
 
-        Raises: UserError for a member that the sample lacks, and where the shard ends early.
+        Args:
+            check: compare the sample's bytes with its CRC-32, if its shard's index has one; takes all its members.
+        Raises: UserError for a member that the sample lacks, and where the shard is missing, ends early or differs.
         """
         index = self._number(uid_or_index)
+        wanted = self.suffixes(index) if suffixes is None else list(suffixes)
+        start, end = self.span(index, wanted, check=check)
+        try:
+            with contextlib.closing(self.open(self.shard_name(index), start, end - start)) as file:
+                data = file.read(end - start)
+        except FileNotFoundError:
+            raise UserError(f"shard {self._shard(index)} is missing: run the command that makes it again") from None
+        return self.cut(index, data, wanted, check=check)
+
+    def span(self, index: int, suffixes: Iterable[str], *, check: bool = False) -> tuple[int, int]:
+        """First byte and end, in its shard, of what must be read for some of a sample's members, as `read` does."""
         places = self._index.places(index)
-        shard = self._shard(index)
-        found = {}
-        with open(shard, "rb") as file:
-            for suffix in places if suffixes is None else suffixes:
-                if suffix not in places:
-                    raise UserError(f"{self.uid(index)} in {shard} has no {suffix}: build it with that part")
-                offset, size = places[suffix]
-                file.seek(offset)
-                found[suffix] = file.read(size)
-                if len(found[suffix]) != size:
-                    raise UserError(f"shard {shard} ends inside {self.uid(index)}.{suffix}: build it again")
-        return found
+        whole = check and self.crc32(index) is not None
+        asked = list(places.values()) if whole else [places[name] for name in suffixes if name in places]
+        return min((offset for offset, _ in asked), default=0), max((sum(place) for place in asked), default=0)
+
+    def cut(self, index: int, data: bytes, suffixes: Iterable[str], *, check: bool = False) -> dict[str, bytes]:
+        """What `read` returns, of the bytes of `span` that are there already."""
+        start, _ = self.span(index, suffixes, check=check)
+        crc = self.crc32(index) if check else None
+        return cut_members(data, start, self._index.places(index), suffixes, crc, self.uid(index), self._shard(index))
+
+    def crc32(self, index: int) -> int | None:
+        """A sample's, from its shard's index, which is read once; None where that has none (older folders)."""
+        number = self.shard_number(index)
+        shard, start = self.manifest["shards"][number], self._starts[number]
+        if number not in self._crc32:
+            uids = map(self.uid, range(start, start + shard["samples"]))
+            self._crc32[number] = read_crc32(lambda: self._index_file(shard["name"]), uids)
+        of_shard = self._crc32[number]
+        return int(of_shard[index - start]) if len(of_shard) else None
+
+    def open(self, name: str, offset: int = 0, size: int | None = None) -> ByteSource:
+        """A file of the folder, to be read from a byte on, for `size` bytes at most (None: to its end)."""
+        file = open(self._here / name, "rb")  # noqa: SIM115
+        file.seek(offset)
+        return file
 
     def read_json(self, uid_or_index: str | int, suffix: str = "json") -> dict[str, Any]:
         """One of the sample's json members."""
@@ -419,14 +449,14 @@ class ShardFolder:
     def verify(self) -> None:
         """Read every byte and compare with the manifest. Raises UserError naming the first shard that differs."""
         for shard in self.manifest["shards"]:
-            path = self.folder / shard["name"]
+            path = self._here / shard["name"]
             if sha256_file(path) != shard["sha256"]:
                 raise UserError(f"shard {path} differs from what its manifest recorded: delete it and build it again")
 
     def _read_manifest(self, format: str) -> dict[str, Any]:
-        if not self.folder.is_dir():
+        if not self._here.is_dir():
             raise UserError(f"{self.folder} is not a folder of shards: it does not exist or is a file")
-        path = self.folder / MANIFEST
+        path = self._here / MANIFEST
         manifest = read_json(path, "the manifest")
         if not isinstance(manifest, dict) or manifest.get("format") != format:
             found = manifest.get("format") if isinstance(manifest, dict) else None
@@ -441,29 +471,45 @@ class ShardFolder:
     def _check(self, shard: dict[str, Any]) -> None:
         """Check that a shard is there and whole."""
         if not isinstance(shard, dict) or not {"name", "bytes", "sha256", "samples"} <= shard.keys():
-            raise UserError(f"{self.folder / MANIFEST}: an entry of 'shards' lacks name, samples, bytes or sha256")
-        path = self.folder / Path(str(shard["name"])).name  # a name with ../ in it cannot leave the folder
+            raise UserError(f"{self._here / MANIFEST}: an entry of 'shards' lacks name, samples, bytes or sha256")
+        if fault := self._fault(shard):
+            self.pass_over(Path(str(shard["name"])).name, fault)
+
+    def pass_over(self, name: str, fault: str) -> None:
+        """Note that a shard is damaged, saying so once; raises UserError where that is fatal."""
+        if self.damaged == "fatal":
+            raise UserError(fault)
+        if name not in self.faulty:
+            self.faulty.add(name)
+            print(f"skipped as far as it is damaged: {fault}", file=sys.stderr, flush=True)
+
+    def _fault(self, shard: dict[str, Any]) -> str:
+        """What is wrong with a shard as far as its size tells; empty if nothing."""
+        path = self._here / Path(str(shard["name"])).name  # a name with ../ in it cannot leave the folder
         try:
             size = path.stat().st_size
         except OSError:
-            raise UserError(f"shard {path} is missing: run the command that makes it again") from None
+            return f"shard {path} is missing: run the command that makes it again"
         if size != shard["bytes"]:
-            raise UserError(
-                f"shard {path} is {size} bytes, its manifest says {shard['bytes']}: delete it and build it again"
-            )
+            return f"shard {path} is {size} bytes, its manifest says {shard['bytes']}: delete it and build it again"
+        return ""
 
     def _open_index(self) -> Index:
         """The folder's index; put together from the shards' where there is none, as before there was one."""
         shards = self.manifest["shards"]
         try:
-            index = Index.read(self.folder / INDEX, self.manifest["index"])
+            index = Index.read(self._here / INDEX, self.manifest["index"])
             if len(index) == sum(shard["samples"] for shard in shards):
                 return index
         except (OSError, KeyError, TypeError, ValueError):
             pass
-        index = _folder_index(LocalStore(self.folder), shards)
+        index = _folder_index(LocalStore(self._here), shards)
         _refuse_twins(self.folder, index)
         return index
+
+    def _index_file(self, shard: str) -> Path:
+        """A shard's index.json."""
+        return index_path(self._here / Path(shard).name)
 
     def _number(self, uid_or_index: str | int) -> int:
         if isinstance(uid_or_index, str):
@@ -472,10 +518,17 @@ class ShardFolder:
             return self._index.by_uid[uid_or_index]
         return int(uid_or_index)
 
-    def _shard(self, index: int) -> Path:
-        """The shard that holds a sample."""
-        number = bisect.bisect_right(self._starts, index) - 1
-        return self.folder / Path(self.manifest["shards"][number]["name"]).name
+    def shard_number(self, index: int) -> int:
+        """Which shard holds a sample."""
+        return bisect.bisect_right(self._starts, index) - 1
+
+    def shard_name(self, index: int) -> str:
+        """The file name of the shard that holds a sample."""
+        return Path(self.manifest["shards"][self.shard_number(index)]["name"]).name
+
+    def _shard(self, index: int) -> str:
+        """The shard that holds a sample, for messages."""
+        return f"{self.folder}/{self.shard_name(index)}"
 
 
 def _folder_index(store: Store, shards: list[dict[str, Any]]) -> Index:

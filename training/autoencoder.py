@@ -15,17 +15,17 @@ from ..checkpoints.folders import load_model_folder, publish_model
 from ..config import Config
 from ..data_pipes.encoder_inputs import pick_rays, surface_features, view_arrays, view_targets
 from ..data_pipes.fingerprint import data_fingerprint
-from ..data_pipes.loader import Batches, RawDataset, RawSample
+from ..data_pipes.loader import RawDataset, RawSample
 from ..errors import UserError
 from ..models.autoencoder import Autoencoder, Bottleneck
 from ..models.decoder import FieldKind
 from ..models.encoder import PointFeatures
 from ..models.mesh import extract_mesh
 from .batch import stacked, view_inputs
-from .config import RunConfig
 from .field_losses import FieldLossConfig, field_loss
 from .held_out import held_out_split
 from .loop import Batch, Stage, fit
+from .raw_data import RawRunConfig, raw_batches, training_data
 from .sheets import picture, picture_of_points, write_sheet
 
 __all__ = ["AutoencoderRun", "build", "run"]
@@ -58,7 +58,7 @@ class AutoencoderModelConfig(Config):
     density_scale: float = 0.02
 
 
-class AutoencoderRun(RunConfig):
+class AutoencoderRun(RawRunConfig):
     model: AutoencoderModelConfig = AutoencoderModelConfig()
     loss: FieldLossConfig = FieldLossConfig()
     init: str = ""  # an autoencoder folder to go on from, such as an earlier stage's; its settings win over `model`
@@ -82,7 +82,7 @@ def run(config: AutoencoderRun, *, resume: str = "auto") -> None:
 def build(config: AutoencoderRun) -> Stage:
     torch.manual_seed(config.seed)
     model = _model(config)
-    train = RawDataset(config.data, split="train", parts=_parts(config))
+    train = training_data(config, _parts(config))
     held_out = held_out_split(train)
 
     def loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -96,9 +96,7 @@ def build(config: AutoencoderRun) -> Stage:
         name="autoencoder",
         model=model,
         loss=loss,
-        batches=lambda rank, world: Batches(
-            train, lambda items: collate(items, config, model.config), config.batch_size, config.seed, rank, world
-        ),
+        batches=raw_batches(config, train, lambda items: collate(items, config, model.config)),
         evaluate=look,
         publish=lambda ema: publish_model(ema, Path(config.out) / "autoencoder"),
         data=data_fingerprint(train),

@@ -19,14 +19,14 @@ from ..checkpoints.clip import publish_clip
 from ..config import Config
 from ..data_pipes.fingerprint import data_fingerprint
 from ..data_pipes.grammar import Level, SceneSpec, near_misses, parse
-from ..data_pipes.loader import Batches, RawDataset, RawSample
+from ..data_pipes.loader import RawDataset, RawSample
 from ..data_pipes.render import composite
 from ..errors import UserError
 from ..files import canonical_json
 from ..models.conditioner import Conditioner
-from .config import RunConfig
 from .held_out import held_out_split
 from .loop import Batch, Stage, fit
+from .raw_data import RawRunConfig, first_samples, raw_batches, training_data
 
 __all__ = ["ClipRun", "build", "contrastive_loss", "run", "train_tokenizer"]
 
@@ -43,7 +43,7 @@ class ClipModelConfig(Config):
     vocab_size: int = 512
 
 
-class ClipRun(RunConfig):
+class ClipRun(RawRunConfig):
     model: ClipModelConfig = ClipModelConfig()
     n_swaps: int = 2  # swapped captions a sample as further negatives: without them a CLIP is nearly blind to order
     # Captions wrong in one word, made of a procedural sample's meaning: a batch rarely has them, a pool of 1,000 does.
@@ -59,11 +59,11 @@ def run(config: ClipRun, *, resume: str = "auto") -> None:
 
 def build(config: ClipRun) -> Stage:
     torch.manual_seed(config.seed)
-    train = RawDataset(config.data, split="train", parts=("lit",))
+    train = training_data(config, ("lit",))
     if len(train) < 2:
         raise UserError(f"{config.data} has {len(train)} training samples; a CLIP needs many to tell apart")
     held_out = held_out_split(train)
-    texts = (text for i in range(len(train)) for text in texts_of(train[i].meta))
+    texts = (text for sample in first_samples(config, train) for text in texts_of(sample.meta))
     tokenizer = train_tokenizer(texts, config.model.vocab_size)
     model = Conditioner(**clip_config(config.model, tokenizer), name=Path(config.out).name)
 
@@ -85,7 +85,7 @@ def build(config: ClipRun) -> Stage:
         name=Path(config.out).name,
         model=model,
         loss=loss,
-        batches=lambda rank, world: Batches(train, collate, config.batch_size, config.seed, rank, world),
+        batches=raw_batches(config, train, collate),
         evaluate=lambda ema, step: evaluate(ema, held_out, config.eval_samples),
         publish=lambda ema: publish_clip(ema, Path(config.out) / "clip"),
         data=data_fingerprint(train),

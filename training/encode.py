@@ -28,10 +28,10 @@ from ..checkpoints.pipeline import load_conditioner
 from ..config import Config
 from ..data_pipes.latents import LatentSums, encode_latent_sample
 from ..data_pipes.loader import RawDataset, RawSample
+from ..data_pipes.remote_shards import open_shards
 from ..data_pipes.shards import (
     LATENT_FORMAT,
     MANIFEST,
-    ShardFolder,
     ShardInfo,
     ShardWriter,
     begin_folder,
@@ -143,7 +143,7 @@ def prepare(config: EncodeRun, device: torch.device) -> Job:
             f"clip={config.clip}: with n_captions={config.n_captions} and n_views={config.n_views} there is "
             "nothing to condition on; raise the one that this conditioner reads"
         )
-    shards = ShardFolder(config.data)
+    shards = open_shards(config.data)
     if encoder.n_views and not shards.has("lit_"):
         raise UserError(
             f"{config.data} has no lit views to take image features of: build it with n_views=4, or encode with "
