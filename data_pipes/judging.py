@@ -4,8 +4,9 @@ Each finding is one sentence among an asset's warnings; it rejects the file only
 All is measured in the normalised object frame, after corners in the same place are joined.
 
 How often each kind is found on 1,898 game props that people made as single objects: open 8 %, flipped 0.7 %,
-degenerate 0.8 %, apart 0.5 % (sheaves of crops, a gate of two posts), empty 0.1 % (a spear, a fishing rod), the rest
-never.
+degenerate 0.8 %, apart 0.5 % (sheaves of crops, a gate of two posts), empty 0.1 % (a spear, a fishing rod); parts,
+floor, scale and texture never. With a plane of twice their size below them, 135 of 150 are found to stand on one; the
+other 15 are flatter than `RISES`.
 Shapes: V vertices, F faces, E edges, C connected parts.
 """
 

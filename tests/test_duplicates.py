@@ -248,6 +248,8 @@ def test_nothing_and_wrong_input() -> None:
         find_duplicates(["a", "b"], np.zeros((1, 25)))
     with pytest.raises(ValueError, match="finite"):
         find_duplicates(["a"], np.full((1, 25), np.nan))
+    with pytest.raises(ValueError, match="at least"):
+        find_duplicates(["a"], np.zeros((1, 25)), colour_tolerance=0)
     point = Mesh(np.zeros((3, 3)), np.array([[0, 1, 2]]), np.zeros(1), (WHITE,))
     with pytest.raises(ValueError, match="without area"):
         signature(point)
