@@ -241,12 +241,10 @@ def _duplicates(ledger: Ledger) -> list[_Again]:
     for entry in _samples(ledger):
         signatures.extend(entry.signature or ())
         n += 1
-    found = {
-        d.name: d for d in find_duplicates(range(n), np.frombuffer(signatures, np.float32).reshape(n, SIGNATURE_SIZE))
-    }
-    named = found.keys() | {d.of for d in found.values()}
+    found = find_duplicates(np.frombuffer(signatures, np.float32).reshape(n, SIGNATURE_SIZE))
+    named = {d.number for d in found} | {d.of for d in found}
     entries = {number: entry for number, entry in enumerate(_samples(ledger)) if number in named} if found else {}
-    return [_Again(entries[d.name].file, entries[d.name].uid, entries[d.of].file, d.same) for d in found.values()]
+    return [_Again(entries[d.number].file, entries[d.number].uid, entries[d.of].file, d.same) for d in found]
 
 
 def _samples(ledger: Ledger) -> Iterator[Entry]:

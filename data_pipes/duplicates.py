@@ -29,7 +29,6 @@ anything added, however small, and those bent or stretched.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -172,31 +171,29 @@ def _spread(area_F: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Duplicate:
-    """One asset that an earlier one, `of`, is already; names as given to `find_duplicates`."""
+    """One asset that an earlier one, `of`, is already; numbers are rows of what `find_duplicates` was given."""
 
-    name: str
-    of: str
+    number: int
+    of: int
     same: Literal["shape and colours", "shape"]
 
 
 def find_duplicates(
-    names: Sequence[str],
     signatures: np.ndarray,
     *,
     shape_tolerance: float = SHAPE_TOLERANCE,
     colour_tolerance: float = COLOUR_TOLERANCE,
 ) -> list[Duplicate]:
-    """The assets that are earlier ones again, in the order of `names`.
+    """The assets that are earlier ones again, in their order.
 
     The first of a group is the original and all others are compared with it, so that no chain of small steps makes one
     group of different objects. "shape and colours" goes before "shape": of red, blue, blue, the second is the first's
-    shape and the third is the second again. A name in `of` can thus be a duplicate, but only one of shape.
+    shape and the third is the second again. A number in `of` can thus be a duplicate, but only one of shape.
 
     N log N in time as long as no group is spread over many cells of an eighth of a tolerance; some 600
     bytes an asset beyond the 100 of its signature (ten million: 7 GB), and 40 microseconds.
 
     Args:
-        names: N of them.
         signatures: [N, 25] of `signature`.
         shape_tolerance, colour_tolerance: how far any of the numbers may be apart, to an eighth; 1e-7 at least.
     Raises: ValueError for another shape, numbers that are not finite, or smaller tolerances.
@@ -204,19 +201,17 @@ def find_duplicates(
     if min(shape_tolerance, colour_tolerance) < 1e-7:
         raise ValueError(f"tolerances must be 1e-7 at least, got {shape_tolerance} and {colour_tolerance}")
     signatures = np.asarray(signatures)
-    if signatures.shape != (len(names), SIGNATURE_SIZE) or not np.isfinite(signatures).all():
-        raise ValueError(
-            f"signatures must be finite and [{len(names)}, {SIGNATURE_SIZE}], got {list(signatures.shape)}"
-        )
+    if signatures.shape[1:] != (SIGNATURE_SIZE,) or not np.isfinite(signatures).all():
+        raise ValueError(f"signatures must be finite and [N, {SIGNATURE_SIZE}], got {list(signatures.shape)}")
     tolerance = np.repeat([shape_tolerance, colour_tolerance], [SHAPE_SIZE, SIGNATURE_SIZE - SHAPE_SIZE])
     scaled_ND = signatures / tolerance.astype(np.float32)
     original_N = _first_within(scaled_ND)
-    full_N = original_N != np.arange(len(names))
+    full_N = original_N != np.arange(len(signatures))
     distinct_M = np.flatnonzero(~full_N)
     original_N[distinct_M] = distinct_M[_first_within(scaled_ND[distinct_M, :SHAPE_SIZE])]
     return [
-        Duplicate(names[i], names[original_N[i]], "shape and colours" if full_N[i] else "shape")
-        for i in np.flatnonzero(original_N != np.arange(len(names))).tolist()
+        Duplicate(i, int(original_N[i]), "shape and colours" if full_N[i] else "shape")
+        for i in np.flatnonzero(original_N != np.arange(len(signatures))).tolist()
     ]
 
 
