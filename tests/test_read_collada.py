@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from shapeloom.data_pipes.limits import ANIMATED
 from shapeloom.data_pipes.mesh import Mesh
 from shapeloom.data_pipes.read import Limits, Rejected, read_mesh
 
@@ -231,6 +232,14 @@ def test_any_wrong_value_ends_in_a_mesh_or_a_rejection(tmp_path: Path) -> None:
             except Rejected:
                 rejected += 1
     assert good > 50 and rejected > 50
+
+
+def test_an_animated_file_says_that_it_is_at_rest(tmp_path: Path) -> None:
+    for channel, wanted in (("", []), ('<channel source="#s" target="n/t"/>', [ANIMATED])):
+        more = f"<library_animations><animation><animation>{channel}</animation></animation></library_animations>"
+        warnings: list[str] = []
+        assert len(read(tmp_path / "a.dae", collada(more=more), warnings=warnings).faces) == 1
+        assert warnings == wanted
 
 
 def test_limits_hold_before_instances_are_placed(tmp_path: Path) -> None:
