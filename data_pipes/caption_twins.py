@@ -72,7 +72,7 @@ class Group:
 class CaptionTwins:
     """Takes captions one by one, and tells which are alike.
 
-    Numbers alone are kept: 12 bytes a caption and 12 bytes a word of it. An owner is a number in [0, 2^32).
+    Numbers alone are kept: 16 bytes a caption and 12 bytes a word of it. An owner is a number in [0, 2^32).
     """
 
     def __init__(self) -> None:

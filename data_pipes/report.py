@@ -31,6 +31,7 @@ from .survey import (
     Doubles,
     Rejections,
     Survey,
+    particulars,
     read_duplicates,
     read_rejections,
     strings,
@@ -162,7 +163,7 @@ def _contact_sheet(shards: ShardFolder, count: int) -> str:
         figures.append(
             f'<figure title="{safe(" / ".join([uid, *captions]), 600)}">{_thumbnail(shards, index)}<figcaption>'
             f"<bdi>{safe(captions[0] if captions else 'no caption', 120)}</bdi>"
-            f'<small>{safe(shards.splits(index))}{more}</small><small class="uid">{safe(uid)}</small>'
+            f'<small>{safe(shards.splits(index))}{more}</small><small class="uid">{safe(_short(uid))}</small>'
             "</figcaption></figure>"
         )
     return section("assets", "Assets", about, f'<div class="sheet">{"".join(figures)}</div>')
@@ -202,36 +203,39 @@ def _rejected(folder: Path, rejections: Mapping[str, Rejections]) -> str:
     total = sum(kind.count for kind in rejections.values())
     if not total:
         return section("rejected", "Rejected files", "", '<p class="fine">No file was rejected.</p>')
-    cards = []
-    for form, kind in list(rejections.items())[:MOST_KINDS]:
-        reasons = [entry["reason"] for entry in kind.first]
-        files = "".join(
-            f"<li><code>{safe(entry['file'], 160)}</code>{_told_apart(entry['reason'], reasons)}</li>"
-            for entry in kind.first
-        )
-        more = f"<li>and {kind.count - len(kind.first):,} more</li>" if kind.count > len(kind.first) else ""
-        hint = f'<p class="hint">{safe(kind.first[0]["hint"])}</p>' if kind.first[0]["hint"] else ""
-        figures = [
-            f'<figure title="{safe(entry["file"])}: {safe(entry["reason"])}">{picture}<figcaption>'
-            f'<small class="uid">{safe(entry["file"], 160)}</small></figcaption></figure>'
-            for entry in kind.pictured
-            if (picture := _picture(folder, entry["picture"]))
-        ]
-        sheet = f'<div class="sheet few">{"".join(figures)}</div>' if figures else ""
-        cards.append(finding(kind.count, "file", _of_all(form, reasons), f"{hint}{sheet}<ul>{files}{more}</ul>"))
+    cards = [
+        finding(kind.count, "file", _of_all(form, kind.reasons()), _rejected_of_a_kind(folder, kind))
+        for form, kind in list(rejections.items())[:MOST_KINDS]
+    ]
     about = f"{total:,} files could not be used; rejected.jsonl lists them all."
     return section(
         "rejected", "Rejected files", about, f'<div class="pairs">{"".join(cards)}</div>', _left_out(len(rejections))
     )
 
 
+def _rejected_of_a_kind(folder: Path, kind: Rejections) -> str:
+    """The hint, pictures of some files, names of others, and how many more there are."""
+    pictures = [(entry, picture) for entry in kind.pictured if (picture := _picture(folder, entry["picture"]))]
+    named = [entry for entry in kind.first if all(entry is not pictured for pictured, _ in pictures)]
+    reasons = kind.reasons()
+    figures = "".join(_figure(picture, e["file"], e["reason"], reasons) for e, picture in pictures)
+    files = "".join(
+        f"<li><code>{safe(entry['file'], 160)}</code>{_told_apart(entry['reason'], reasons)}</li>" for entry in named
+    )
+    left = kind.count - len(pictures) - len(named)
+    more = f"<li>and {left:,} more</li>" if left else ""
+    return (
+        (f'<p class="hint">{safe(kind.first[0]["hint"])}</p>' if kind.first[0]["hint"] else "")
+        + (f'<div class="sheet few">{figures}</div>' if figures else "")
+        + (f"<ul>{files}{more}</ul>" if files or more else "")
+    )
+
+
 def _warned(shards: ShardFolder, found: Survey) -> str:
     kinds = [(kind, n) for kind, n in found.warnings.most_common() if not kind.startswith(ANIMATED)]
     if not kinds:
-        other = "other " if found.warnings else ""
-        return section(
-            "warnings", "Warnings", "", f'<p class="fine">No asset has a{"n" * bool(other)} {other}warning.</p>'
-        )
+        other = "another" if found.warnings else "a"
+        return section("warnings", "Warnings", "", f'<p class="fine">No asset has {other} warning.</p>')
     cards = [
         finding(
             n,
@@ -263,12 +267,26 @@ def _animated(shards: ShardFolder, found: Survey) -> str:
 
 
 def _figures(shards: ShardFolder, examples: Sequence[tuple[int, str]]) -> str:
-    """Pictures of assets (index, sentence) with their names; the sentence where the pointer is."""
+    """Pictures of assets, each with its warning."""
+    sentences = [sentence for _, sentence in examples]
     return "".join(
-        f'<figure title="{safe(shards.uid(index))}: {safe(sentence)}">{_thumbnail(shards, index)}<figcaption>'
-        f'<small class="uid">{safe(shards.uid(index))}</small></figcaption></figure>'
-        for index, sentence in examples
+        _figure(_thumbnail(shards, index), shards.uid(index), sentence, sentences) for index, sentence in examples
     )
+
+
+def _figure(picture: str, name: str, sentence: str = "", sentences: Sequence[str] = ()) -> str:
+    """A small picture with its name, and with what tells its sentence from the others'."""
+    told = f"{name}: {sentence}" if sentence else name
+    apart = f"<small><bdi>{safe(particulars(sentence), 60)}</bdi></small>" if len(set(sentences)) > 1 else ""
+    return (
+        f'<figure title="{safe(told, 600)}">{picture}<figcaption>{apart}<small class="uid">{safe(_short(name))}</small>'
+        "</figcaption></figure>"
+    )
+
+
+def _short(name: str) -> str:
+    """The end of a long name, since files of one pack begin alike."""
+    return name if len(name) <= 28 else f"…{name[-24:]}"
 
 
 def _doubled(shards: ShardFolder, found: Survey, doubles: Mapping[str, Doubles] | None) -> str:
@@ -283,15 +301,12 @@ def _doubled(shards: ShardFolder, found: Survey, doubles: Mapping[str, Doubles] 
         there = found.places.get(file)
         shown = _thumbnail(shards, there) if there is not None else _picture(shards.folder, picture)
         shown = shown or '<div class="blank">not in the shards</div>'
-        return (
-            f'<figure title="{safe(file)}">{shown}<figcaption><small class="uid">{safe(file, 160)}</small>'
-            "</figcaption></figure>"
-        )
+        return _figure(shown, file)
 
     cards = []
     for same, kind in list(doubles.items())[:MOST_KINDS]:
         pairs = "".join(
-            f'<div class="pair">{side(entry["of"])}<span>=</span>{side(entry["file"], entry["picture"])}</div>'
+            f'<div class="pair">{side(entry["of"])}{side(entry["file"], entry["picture"])}</div>'
             for entry in kind.first
         )
         cards.append(finding(kind.count, "file", f"the same {safe(same)}", f'<div class="doubles">{pairs}</div>'))

@@ -27,6 +27,7 @@ __all__ = [
     "Rejections",
     "Survey",
     "general_form",
+    "particulars",
     "read_duplicates",
     "read_rejections",
     "strings",
@@ -55,9 +56,20 @@ MESH_NUMBERS = (
 )
 
 
+_PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|\(.*\)|[\d.,]*\d%?")
+
+
 def general_form(sentence: str) -> str:
     """A sentence without the names and numbers in it, so that those of one kind are equal."""
-    return re.sub(r"'[^']*'|\"[^\"]*\"|\(.*\)|[\d.,]*\d%?", "…", sentence)
+    return _PARTICULAR.sub("…", sentence)
+
+
+def particulars(sentence: str) -> str:
+    """The names and numbers in a sentence, which its general form leaves out.
+
+    Example: "the file 'a.png' is missing: 2 of 3" -> "a.png, 2, 3".
+    """
+    return ", ".join(found.strip("'\"()") for found in _PARTICULAR.findall(sentence))
 
 
 @dataclass
@@ -161,6 +173,10 @@ class Rejections:
     count: int = 0
     first: list[dict[str, str]] = field(default_factory=list)
     pictured: list[dict[str, str]] = field(default_factory=list)
+
+    def reasons(self) -> list[str]:
+        """As they are given for the files kept."""
+        return [entry["reason"] for entry in (*self.first, *self.pictured)]
 
 
 def read_rejections(folder: Path) -> dict[str, Rejections]:

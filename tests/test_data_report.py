@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from base64 import b64decode
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from shapeloom.data_pipes.build import BuildSettings, build
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
 from shapeloom.data_pipes.report import write_report
 from shapeloom.data_pipes.shards import RAW_FORMAT, ShardFolder, ShardWriter, write_manifest
-from shapeloom.data_pipes.survey import Survey, general_form, survey
+from shapeloom.data_pipes.survey import Survey, general_form, particulars, survey
 from shapeloom.errors import UserError
 
 HOSTILE = "<script>alert(1)</script>\"'&\u202etxt.exe\x00\ud800"
@@ -157,6 +158,128 @@ def test_one_kind_of_sentence_has_one_form() -> None:
     assert general_form("the file 'a.png' is missing (12 of 3.5)") == general_form("the file 'it.png' is missing (1)")
 
 
+def test_particulars_are_what_the_general_form_leaves_out() -> None:
+    assert (
+        particulars("the file 'a.png' is missing: 2 of 3 (x)") == "a.png, 2, 3, x" and particulars("it is flat") == ""
+    )
+
+
+def picture(path: Path, colour: str) -> str:
+    """A plain picture beside the shards; its name from the folder of `path`'s parent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGBA", (30, 20), colour).save(path)
+    return f"{path.parent.name}/{path.name}"
+
+
+def colours(node: Node) -> list[tuple[int, ...]]:
+    """The middle pixel of each picture, to the nearest 64."""
+    found = []
+    for img in node.every("img"):
+        data = b64decode(img.attributes["src"].removeprefix("data:image/webp;base64,"))
+        shown = Image.open(io.BytesIO(data)).convert("RGB")
+        found.append(tuple(round(c / 64) for c in np.asarray(shown)[shown.height // 2, shown.width // 2]))
+    return found
+
+
+RED, BLUE, WHITE = (4, 0, 0), (0, 0, 4), (4, 4, 4)
+
+
+def test_rejected_files_are_shown_where_there_is_a_picture(tmp_path: Path) -> None:
+    raw = shards_of(tmp_path / "raw", [{}])
+    picture(tmp_path / "secret.webp", "red")
+    (raw / "rejected").mkdir()
+    (raw / "rejected" / "link.webp").symlink_to(tmp_path / "secret.webp")
+    (raw / "rejected" / "torn.webp").write_bytes(b"RIFF")
+    names = [
+        picture(raw / "rejected" / "a.webp", "red"),
+        picture(raw / "rejected" / "b.png", "blue"),
+        picture(raw / "rejected" / "c.webp", "#ff000000"),  # nothing but the white it is laid on
+        "rejected/none.webp",
+        "rejected/torn.webp",
+        "rejected/link.webp",
+    ]
+    outside = ["../secret.webp", str(tmp_path / "secret.webp"), "rejected", "a\x00b", "manifest.json"]
+    lines = [{"file": f"f{k}.glb", "reason": f"open: {k}%", "picture": name} for k, name in enumerate(names)]
+    lines += [{"file": f"g{k}.glb", "reason": f"cut at {k}", "picture": name} for k, name in enumerate(outside)]
+    lines += [{"file": "h.glb", "reason": "it is empty", "hint": "copy it again", "picture": None}]
+    (raw / "rejected.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    _, page = page_of(raw)
+    open_edges, cut, empty = page.every("section", id="rejected")[0].every(class_="finding")
+    assert colours(open_edges) == [RED, BLUE, WHITE]
+    assert [caption.text for caption in open_edges.every("figcaption")] == ["0%f0.glb", "1%f1.glb", "2%f2.glb"]
+    assert [li.text for li in open_edges.every("li")] == ["and 3 more"]
+    assert not cut.every("img") and len(cut.every("code")) == 3 and "and 2 more" in cut.text
+    assert "copy it again" in empty.text and "h.glb" in empty.text
+
+
+def test_doubles_stand_side_by_side(raw: Path, tmp_path: Path) -> None:
+    raw = Path(shutil.copytree(raw, tmp_path / "raw"))
+    assert not page_of(raw)[1].every("section", id="doubles"), "it is not known whether there are any"
+    (raw / "duplicates.jsonl").write_text("")
+    assert "No file is a double" in page_of(raw)[1].every("section", id="doubles")[0].text
+    name = picture(raw / "doubles" / "a.webp", "blue")
+    lines = [
+        {"file": "ball.obj", "uid": "ball", "of": "box.glb", "same": "shape"},
+        {"file": "torn.obj", "uid": "torn", "of": "box.glb", "same": "shape"},  # one pair a file is enough
+        {"file": "left_out.glb", "uid": "left_out", "of": "cone.stl", "same": "shape", "picture": name},
+        {"file": "gone.glb", "uid": "gone", "of": "cone.stl", "same": "shape and colours"},
+    ]
+    (raw / "duplicates.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    _, page = page_of(raw)
+    shape, all_of_it = page.every("section", id="doubles")[0].every(class_="finding")
+    assert tiles(page)["doubles of another"] == "4" and shape.every(class_="count")[0].text == "3 files"
+    pairs = [[figure.attributes["title"] for figure in pair.every("figure")] for pair in shape.every(class_="pair")]
+    assert pairs == [["box.glb", "ball.obj"], ["cone.stl", "left_out.glb"]]
+    assert len(shape.every("img")) == 4 and colours(shape)[3] == BLUE
+    sheet = {
+        figure.every(class_="uid")[0].text: figure for figure in page.every("section", id="assets")[0].every("figure")
+    }
+    sources = [img.attributes["src"] for img in shape.every("img")]
+    assert sources[:3] == [sheet[uid].every("img")[0].attributes["src"] for uid in ("box", "ball", "cone")]
+    assert "not in the shards" in all_of_it.text and len(all_of_it.every("img")) == 1
+    (raw / "duplicates.jsonl").write_text('{"file": "a", "same": "shape"}')
+    with pytest.raises(UserError, match="duplicates.jsonl: line 1 is no JSON object with file, of and same"):
+        write_report(raw)
+
+
+def test_captions_a_word_apart_are_shown_with_the_word(tmp_path: Path) -> None:
+    chairs = [f"A {word} wooden Chair with four legs" for word in ("red", "<b>old</b>", "Blue")]
+    metas = [
+        {"captions": [text]} for text in [*chairs, "wooden chairs, with four legs", "with four legs, wooden chair"]
+    ]
+    _, page = page_of(shards_of(tmp_path / "raw", metas))
+    assert tiles(page)["sets one word apart"] == "1" and tiles(page)["sets of the same words"] == "1"
+    rows = page.every("section", id="captions")[0].every("tbody")
+    assert "wooden chairs, with four legs" in rows[0].text and rows[0].every("td")[0].text == "2"
+    assert rows[1].every("td")[0].text == "3", "<b>old</b> is three words more"
+    assert rows[1].every("mark")[0].text == "red" and "A red wooden Chair with four legs" in rows[1].text
+    assert rows[1].every("small")[0].text == "or none, blue"
+
+
+def test_animated_assets_and_textures_have_their_place(tmp_path: Path) -> None:
+    metas = [
+        {"warnings": [f"it is animated: {k} animations are left out"] if k else [], "mesh": {"texture_side": side}}
+        for k, side in enumerate((0, 0, 64, 65, 1024))
+    ]
+    metas[1]["warnings"].append("it is open")
+    _, page = page_of(shards_of(tmp_path / "raw", metas))
+    animated, warned = (page.every("section", id=name)[0] for name in ("animated", "warnings"))
+    assert animated.every(class_="count")[0].text == "4 assets"
+    assert [small.text for small in animated.every(class_="uid")] == ["a1", "a2", "a3", "a4"]
+    assert "it is open" in warned.text and len(warned.every(class_="finding")) == 1 and "4 of 5" in warned.text
+    assert [tip.text for tip in page.every("section", id="sizes")[0].every("title")] == [
+        "no texture: 2 assets",
+        "up to 64 pixels: 1 assets",
+        "up to 128 pixels: 1 assets",
+        "up to 256 pixels: 0 assets",
+        "up to 512 pixels: 0 assets",
+        "up to 1,024 pixels: 1 assets",
+    ]
+    _, page = page_of(shards_of(tmp_path / "other", metas[2:3]))
+    assert "No asset has another warning" in page.text
+    assert not page_of(shards_of(tmp_path / "still", [{}]))[1].every("section", id="animated")
+
+
 def test_a_procedural_set_has_a_page_too(tmp_path: Path) -> None:
     generate(
         tmp_path / "raw", ProceduralSettings(count=30, n_surface=0, n_near=0, n_uniform=0, n_views=1, image_size=32)
@@ -183,7 +306,18 @@ def test_sets_without_views_and_wrong_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [360, 1200])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_in_a_browser_without_javascript(raw: Path, browser, width: int, scheme: str) -> None:  # noqa: F811
+def test_in_a_browser_without_javascript(
+    raw: Path,
+    browser,  # noqa: F811
+    tmp_path: Path,
+    width: int,
+    scheme: str,
+) -> None:
+    raw = Path(shutil.copytree(raw, tmp_path / "raw"))
+    rejected = {"file": "x" * 300, "reason": "y" * 300, "picture": picture(raw / "rejected" / "a.webp", "red")}
+    (raw / "rejected.jsonl").write_text(json.dumps(rejected))
+    double = {"file": "ball.obj", "of": "z" * 300, "same": "shape", "picture": rejected["picture"]}
+    (raw / "duplicates.jsonl").write_text(json.dumps(double))
     write_report(raw)
     viewport = {"width": width, "height": 800}
     with browser.new_context(viewport=viewport, color_scheme=scheme, java_script_enabled=False) as context:
@@ -191,9 +325,10 @@ def test_in_a_browser_without_javascript(raw: Path, browser, width: int, scheme:
         page.on("request", lambda request: asked.append(request.url))
         page.goto((raw / "report.html").as_uri())
         assert page.locator("#assets img").first.bounding_box()["width"] >= 90
-        for name in ("h1", ".tiles", ".sheet", "table", ".finding", "svg"):
+        for name in ("h1", ".tiles", ".sheet", "table", ".finding", "figure", ".pair", "svg"):
             for box in (each.bounding_box() for each in page.locator(name).all()):
                 assert box["x"] >= 0 and box["x"] + box["width"] <= width, f"{name} is wider than the window"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
         shown = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L"))
         assert (np.median(shown) < 64) == (scheme == "dark")
         assert [url for url in asked if not url.startswith("data:")] == [(raw / "report.html").as_uri()]
