@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import threading
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 
 from shapeloom.data_pipes.loader import PARTS, Batches, RawDataset, RawSample, order, sample_rng
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
+from shapeloom.data_pipes.shards import ShardFolder
 from shapeloom.errors import UserError
+from shapeloom.files import read_json, write_json
 
 SETTINGS = ProceduralSettings(count=20, n_surface=64, n_near=32, n_uniform=32, n_views=2, image_size=32, shard_size=7)
 
@@ -176,6 +179,94 @@ def test_the_cache_changes_nothing_and_keeps_to_its_size(raw: Path) -> None:
     assert cached[4] is cached[4] and none[4] is not none[4]
     kept = sum(some[i] is some[i] for i in range(20))
     assert 0 < kept < 20
+
+
+# ---------------------------------------------------------------------------------------------- damage
+
+
+def damage(folder: Path, uid: str, suffix: str) -> None:
+    """Flip a bit in the middle of a member."""
+    shards = ShardFolder(folder)
+    index = shards.uids.index(uid)
+    start, end = shards.span(index, [suffix])
+    path = folder / shards.shard_name(index)
+    data = bytearray(path.read_bytes())
+    data[(start + end) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def copy(raw: Path, tmp_path: Path) -> Path:
+    shutil.copytree(raw, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def batches_of(folder: Path, **how: int) -> Batches:
+    data = RawDataset(folder, "train", ("lit",), damaged="skip")
+    return Batches(data, lambda pairs: [sample.uid for sample, _ in pairs], 4, 1, **how)
+
+
+@pytest.mark.parametrize("suffix", ["json", "surface.npz", "lit_01.webp"])
+def test_a_flipped_bit_is_named_and_fatal_unless_asked(copy: Path, suffix: str) -> None:
+    uid = RawDataset(copy, "train", ("lit",))[4].uid
+    damage(copy, uid, suffix)
+    with pytest.raises(
+        UserError, match=rf"{uid} in shard {copy}/shard-0000.\.tar differs from its CRC-32.*build it again"
+    ):
+        RawDataset(copy, "train", ("lit",))[4]
+
+
+def test_where_there_is_no_crc_the_decoders_name_it(copy: Path) -> None:
+    uid = RawDataset(copy, "train", ("lit",))[4].uid
+    damage(copy, uid, "surface.npz")
+    for path in copy.glob("*.index.json"):
+        contents = read_json(path)
+        del contents["crc32"]  # as before there was one
+        write_json(path, contents)
+    assert RawDataset(copy, "train", ("lit",))[4].uid == uid, "what is not asked for is not read"
+    with pytest.raises(UserError, match=rf"{uid}\.surface\.npz in shard shard-0000.\.tar is damaged"):
+        RawDataset(copy, "train", ("surface",))[4]
+
+
+def test_another_sample_stands_in_for_a_damaged_one_whatever_the_world(
+    raw: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uid = RawDataset(copy, "train", ())[4].uid
+    damage(copy, uid, "lit_00.webp")
+    (copy / "shard-00001.tar").unlink()
+    lost = {uid, *ShardFolder(raw).uids[7:14]}
+    alone = batches_of(copy)
+    assert capsys.readouterr().err.count("shard-00001.tar is missing") == 1, "the shard, not each of its samples"
+    found = [alone.batch(step) for step in range(12)]
+    assert capsys.readouterr().err.count("skipped: ") == 1
+    shards = alone.dataset.shards
+    assert {shards.uid(index) for index in alone.dataset.skipped} == {u for u in lost if shards.splits(u) == "train"}
+    sound = [Batches(RawDataset(raw, "train", ()), alone.collate, 4, 1).batch(step) for step in range(12)]
+    for ours, theirs in zip(itertools.chain(*found), itertools.chain(*sound)):
+        assert ours == theirs if theirs not in lost else ours not in lost
+    assert batches_of(copy).batch(7) == found[7], "a resumed run has the same"
+    ranks = [batches_of(copy, rank=rank, world=2) for rank in range(2)]
+    for step in (0, 5, 9):
+        assert list(itertools.chain(*zip(*(rank.batch(step) for rank in ranks)))) == found[step]
+
+
+def test_a_cut_shard_gives_what_comes_before_the_cut(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = ShardFolder(copy)
+    path = copy / "shard-00002.tar"
+    path.write_bytes(path.read_bytes()[: shards.span(17, ["lit_00.webp"])[0] + 10])
+    with pytest.raises(UserError, match=r"shard-00002\.tar is \d+ bytes, its manifest says"):
+        RawDataset(copy, None, ("lit",))
+    data = RawDataset(copy, None, ("lit",), damaged="skip")
+    assert [sample.uid for sample in data][:17] == shards.uids[:17]
+    assert sorted(data.skipped) == [17, 18, 19] and "ends inside" in data.skipped[17]
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_nothing_sound_is_said(copy: Path) -> None:
+    for path in copy.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(UserError, match="hardly a sample of .* is sound"):
+        RawDataset(copy, None, (), damaged="skip")[0]
 
 
 def test_several_splits_and_unknown_ones(raw: Path) -> None:
