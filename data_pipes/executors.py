@@ -7,6 +7,7 @@ builds its files.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,7 +72,8 @@ def make_all_on_ray(
     ray = _connected()
     at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     make = ray.remote(num_cpus=1, max_retries=3)(_make_alone)
-    waiting, running = iter(tasks), {}
+    waiting = iter(tasks)
+    running: dict[Any, ShardTask] = {}
     try:
         while True:
             while len(running) < at_once and (task := next(waiting, None)) is not None:
@@ -103,7 +105,7 @@ def _connected() -> Any:
         raise UserError("--executor ray needs Ray, which is not installed: pip install 'shapeloom[ray]'") from None
     if not ray.is_initialized():
         try:
-            ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             raise UserError(
                 f"no Ray cluster was found ({' '.join(str(error).split())[:100]}): start one with `ray start --head`, "

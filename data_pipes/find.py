@@ -11,7 +11,7 @@ from .archives import ARCHIVE_SUFFIXES, ArchiveLimits, unpack
 from .limits import Limits, Rejected
 from .places import Folder, LocalFolder, Place, Stamp, walk
 from .read import SUFFIXES
-from .remote import found_at, is_url, without_secrets
+from .remote_files import found_at, is_url, without_secrets
 from .workers import Failed, isolated_map
 
 __all__ = ["Place", "find"]

@@ -15,10 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import fsspec
+
 from ..errors import UserError
 from ..files import ASIDE, write_atomic
+from .remote_files import is_url, told, without_secrets
 
-__all__ = ["LocalStore", "RemoteStore", "Store", "is_url", "open_filesystem", "store_at"]
+__all__ = ["LocalStore", "RemoteStore", "Store", "open_filesystem", "store_at"]
 
 # Here an upload shows once it is whole, so that it needs no name beside the final one.
 _WHOLE_UPLOADS = {"s3", "s3a", "gs", "gcs", "abfs", "az", "adl", "oss", "memory"}
@@ -66,23 +69,16 @@ def store_at(out: str | Path | Store) -> Store:
     return LocalStore(Path(out))
 
 
-def is_url(path: str | Path) -> bool:
-    return isinstance(path, str) and "://" in path
-
-
 def open_filesystem(url: str) -> tuple[Any, str]:
     """fsspec's filesystem of a URL, and the path in it.
 
     Raises: UserError for an unknown protocol, or one whose driver is not installed.
     """
-    import fsspec
-
     try:
         return fsspec.core.url_to_fs(url)
-    except ImportError as error:  # fsspec's text names the package
-        raise UserError(f"{url} cannot be opened: {_line(error)}") from None
     except Exception as error:  # each protocol has its own
-        raise UserError(f"{url} cannot be opened ({_line(error)}): check its spelling and your credentials") from None
+        reason, hint = told(error, url.partition("://")[0])
+        raise UserError(f"{without_secrets(url)} {reason}: {hint}") from None
 
 
 @dataclass(frozen=True)
@@ -154,10 +150,11 @@ class RemoteStore:
         return {posixpath.basename(entry["name"]): entry["size"] for entry in files}
 
     def read(self, name: str) -> bytes:
-        return self.filesystem.cat_file(self._path(name))
+        with self._telling(name):
+            return self.filesystem.cat_file(self._path(name))
 
     def write(self, name: str, data: bytes | str) -> None:
-        with self._whole(name) as path:
+        with self._telling(name), self._whole(name) as path:
             self.filesystem.pipe_file(path, data.encode() if isinstance(data, str) else data)
 
     def compose(self, name: str) -> Path:
@@ -166,7 +163,7 @@ class RemoteStore:
         return Path(path)
 
     def publish(self, composed: Path, name: str) -> None:
-        with self._whole(name) as path:
+        with self._telling(name), self._whole(name) as path:
             self.filesystem.put_file(str(composed), path)
         composed.unlink()
 
@@ -174,18 +171,30 @@ class RemoteStore:
     def local(self, name: str) -> Iterator[Path]:
         copy = self.compose(name)
         try:
-            self.filesystem.get_file(self._path(name), str(copy))
+            with self._telling(name):
+                self.filesystem.get_file(self._path(name), str(copy))
             yield copy
         finally:
             copy.unlink(missing_ok=True)
 
     def delete(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), self._telling(name):
             self.filesystem.rm_file(self._path(name))
+
+    @contextlib.contextmanager
+    def _telling(self, name: str) -> Iterator[None]:
+        """What goes wrong becomes a UserError, but for a file that is not there."""
+        try:
+            yield
+        except (UserError, FileNotFoundError):
+            raise
+        except Exception as error:  # each protocol has its own
+            reason, hint = told(error, self.url.partition("://")[0])
+            raise UserError(f"{without_secrets(self.where(name))} {reason}: {hint}") from error
 
     def _listed(self, folder: str) -> list[dict[str, Any]]:
         self.filesystem.invalidate_cache()
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), self._telling(folder):
             return self.filesystem.ls(self._path(folder), detail=True)
         return []
 
@@ -210,6 +219,3 @@ class RemoteStore:
                 self.filesystem.rm_file(aside)
             raise
 
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -21,7 +21,7 @@ Collate = Callable[[list[tuple[RawSample, np.random.Generator]]], Batch]
 
 
 class RawRunConfig(RunConfig):
-    """`data` may be a URL or a pipe (data_pipes/remote.py): it is then streamed."""
+    """`data` may be a URL or a pipe (data_pipes/remote_shards.py): it is then streamed."""
 
     data_damaged: Damaged = "fatal"  # skip: what is damaged is named on stderr, another sample stands in for it
     data_buffer: int = 1024  # samples of each process's shuffle buffer where data are streamed (data_pipes/stream.py)

@@ -18,7 +18,7 @@ import pytest
 import trimesh
 from PIL import Image
 
-from shapeloom.data_pipes import remote
+from shapeloom.data_pipes import remote_files as remote
 from shapeloom.data_pipes.archives import ArchiveLimits
 from shapeloom.data_pipes.find import find
 from shapeloom.data_pipes.limits import Limits, Rejected

@@ -31,7 +31,7 @@ from ..errors import UserError
 from .limits import Limits, Rejected
 from .places import UNKNOWN, Stamp
 
-__all__ = ["RemoteFolder", "found_at", "is_url", "without_secrets"]
+__all__ = ["RemoteFolder", "found_at", "is_url", "told", "without_secrets"]
 
 Result = TypeVar("Result")
 
@@ -311,7 +311,7 @@ def _retried(action: Callable[[], Result], what: str) -> Result:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
                 raise
             if wait_s is None or not _may_pass(error):
-                reason, hint = _told(error, "")
+                reason, hint = told(error, "")
                 raise Rejected(f"{what} {reason}", hint) from error
             time.sleep(wait_s)
     raise AssertionError("the last try returns or raises")
@@ -325,7 +325,7 @@ def _clear_errors(url: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        reason, hint = _told(error, urlsplit(url).scheme)
+        reason, hint = told(error, urlsplit(url).scheme)
         raise UserError(f"{without_secrets(url)} {reason}: {hint}") from error
 
 
@@ -335,7 +335,7 @@ def _may_pass(error: Exception) -> bool:
     return not _is_about_credentials(error)
 
 
-def _told(error: Exception, protocol: str) -> tuple[str, str]:
+def told(error: Exception, protocol: str) -> tuple[str, str]:
     """What went wrong, to be read after what it went wrong with, and what to do."""
     line = " ".join(str(error).split())[:160] or type(error).__name__
     if isinstance(error, ImportError):
