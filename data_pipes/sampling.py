@@ -20,6 +20,7 @@ Shapes: N points, D dense samples, F faces, K directions. Lengths are in object-
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -28,6 +29,7 @@ from scipy.spatial import cKDTree
 
 from .mesh import Mesh, linear_to_srgb
 from .render import RayScene
+from .sharp_edges import points_along, sharp_edges
 
 __all__ = ["Field", "Solid", "Surface", "sample_field", "sample_surface"]
 
@@ -36,12 +38,12 @@ MOST_SAMPLES = 1 << 17
 SIGN_RAYS = (8, 24)  # from a point in space: the second number where the first do not agree; even
 SIDE_RAYS = (4, 24)  # from either side of a surface sample, likewise
 FRONT_RAYS = 4  # per surface sample, from far away
-CANDIDATES = 8  # nearest samples whose triangles are measured exactly
+UNDECIDED = 0.25  # from this near to one half on, the share of rays is corrected by the winding number
+SHEET_MARGIN = 0.005  # over one half, for what is closed by a lid: right behind a sheet it is a hair less than one half
 NEAR_SIGMAS = (0.015, 0.06)  # half of the near points with each
+EDGE_SHARE = 0.25  # of the near points, around sharp edges
 SHEET_HALF_THICKNESS = 0.01  # what a sheet is given on either side, so that it does not vanish
 STEP_OFF = 1e-4  # from a surface, before casting a ray
-STEP_ON = 1e-5  # behind a surface, before casting on
-MAX_CROSSINGS = 16  # along one ray
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,25 @@ def sample_surface(shape: Mesh | Solid, n: int, rng: np.random.Generator) -> Sur
     return Surface(solid.xyz[picked], solid.normal[picked], solid.rgb[picked])
 
 
-def sample_field(shape: Mesh | Solid, n_near: int, n_uniform: int, rng: np.random.Generator) -> Field:
+def sample_field(
+    shape: Mesh | Solid, n_near: int, n_uniform: int, rng: np.random.Generator, edge_share: float = EDGE_SHARE
+) -> Field:
     """Signed distance and colour near the surface and everywhere in [-1, 1]^3.
 
     Near points are surface points moved by Gaussian noise of `NEAR_SIGMAS`, half each, then kept inside the cube.
-    Points are in random order.
+    `edge_share` of them are points of sharp edges instead, uniform by length, moved likewise; where no sharp edge is to
+    be seen all are surface points. All points are in random order.
 
     Args:
         shape: a mesh in the normalised object frame, or the `Solid` made of it.
+        edge_share: in [0, 1]; 0 takes no account of edges.
     Raises: ValueError if the mesh has no area.
     """
     solid = _solid(shape)
-    sigma_N1 = np.resize(np.repeat(NEAR_SIGMAS, -(-n_near // len(NEAR_SIGMAS))), (n_near, 1))
-    near_N3 = solid.xyz[rng.integers(len(solid.xyz), size=n_near)] + sigma_N1 * rng.standard_normal((n_near, 3))
+    n_edge = round(edge_share * n_near) if edge_share and len(solid.sharp_edges) else 0
+    near_N3 = _with_noise(solid.xyz[rng.integers(len(solid.xyz), size=n_near - n_edge)], rng)
+    if n_edge:
+        near_N3 = np.concatenate([near_N3, _with_noise(_along_edges(solid, n_edge, rng), rng)])
     xyz_N3 = np.concatenate([np.clip(near_N3, -1, 1), rng.uniform(-1, 1, (n_uniform, 3))])
     xyz_N3 = rng.permutation(xyz_N3).astype(np.float32)
     distance_N, rgb_N3, sheet_N = solid.nearest(xyz_N3)
@@ -108,94 +116,128 @@ class Solid:
     """
 
     def __init__(self, mesh: Mesh, n_dense: int = DENSE_SAMPLES) -> None:
+        from .bvh import Bvh  # here, for it imports numba
+
         self.mesh = _without_twins(mesh)
-        self._scene = RayScene(self.mesh)
         rng = np.random.Generator(np.random.Philox(0))
         n_dense = max(n_dense, min(4 * len(self.mesh.faces), MOST_SAMPLES))
         face_D, barycentric_D3 = _area_weighted(self.mesh, n_dense, rng)
-        xyz_D3 = np.einsum("dkc,dk->dc", self.mesh.triangles[face_D], barycentric_D3)
-        self._front_F3 = self._find_fronts(xyz_D3, rng)
-        normal_D3 = self._front_F3[face_D]
-        front_D, back_D = (~self.inside(xyz_D3 + side * STEP_OFF * normal_D3, SIDE_RAYS) for side in (1, -1))
-        rgba_D4 = self.mesh.albedo(face_D, barycentric_D3)
-        self.hidden_share = float(np.mean(~front_D & ~back_D))
-        self.sheet_share = float(np.mean(front_D & back_D))
-        kept_D = (front_D | back_D) & (rgba_D4[:, 3] >= 0.5)
-        if not kept_D.any():  # all glass, or a shape that the rules above do not fit
-            kept_D[:] = True
-        turned_D1 = np.where(back_D & ~front_D, -1, 1)[:, None].astype(np.float32)
-        self.xyz = xyz_D3[kept_D].astype(np.float32)
-        self.normal = (normal_D3 * turned_D1)[kept_D]
-        self.rgb = np.rint(255 * rgba_D4[kept_D, :3]).astype(np.uint8)
-        self._face_D, self._sheet_D = face_D[kept_D], (front_D & back_D)[kept_D]
-        self._tree = cKDTree(self.xyz)
+        self._front_F3 = self._find_fronts(_points_on(self.mesh, face_D, barycentric_D3), rng)
+        self._faces = Bvh(self.mesh.triangles, self._front_F3)
+        dense = self._look_at(face_D, barycentric_D3)
+        self.hidden_share = float(np.mean(~dense.front_N & ~dense.back_N))
+        self.sheet_share = float(np.mean(dense.front_N & dense.back_N))
+        shown_D = dense.shown_N
+        if not shown_D.any():  # all glass, or a shape that the rules above do not fit
+            shown_D = np.ones(n_dense, bool)
+        self._sheet_D = dense.sheet_N[shown_D]
+        self.xyz = dense.xyz_N3[shown_D].astype(np.float32)
+        turned_D1 = np.where(dense.back_N & ~dense.front_N, -1, 1)[shown_D, None].astype(np.float32)
+        self.normal = self._front_F3[face_D[shown_D]] * turned_D1
+        self.rgb = np.rint(255 * dense.rgba_N4[shown_D, :3]).astype(np.uint8)
         # Hardly a surface point is further than this from its nearest sample: three times their mean distance.
         self._gap = 3 * np.sqrt(self.mesh.face_areas.sum() / n_dense)
+
+        # Faces so small that no sample fell on them are looked at too, each at its middle.
+        missed_F = np.setdiff1d(np.arange(len(self.mesh.faces)), face_D)
+        missed = self._look_at(missed_F, np.full((len(missed_F), 3), 1 / 3, np.float32))
+        face_N, shown_N = np.concatenate([face_D, missed_F]), np.concatenate([shown_D, missed.shown_N])
+        sheet_N = np.concatenate([dense.sheet_N, missed.sheet_N])
+        looks_F, shown_F, sheet_F = (
+            np.bincount(face_N[which_N], minlength=len(self.mesh.faces))
+            for which_N in (slice(None), shown_N, shown_N & sheet_N)
+        )
+        self._sheet_F = sheet_F > 0
+        # Faces that differ from place to place: there the nearest sample tells.
+        self._mixed_F = (shown_F < looks_F) | ((sheet_F > 0) & (sheet_F < shown_F))
+        self._shown = np.flatnonzero(shown_F)
+        self._shown_faces = Bvh(self.mesh.triangles[self._shown], self._front_F3[self._shown])
 
     @property
     def fronts(self) -> np.ndarray:
         """[F, 3] float32 normals of `mesh`, turned to the side from which each face is seen more often."""
         return self._front_F3
 
-    def inside(self, xyz_N3: np.ndarray, rays: tuple[int, int] = SIGN_RAYS) -> np.ndarray:
-        """[N] bool; `rays` for all points, and for those whose first rays do not agree."""
-        share_N = np.zeros(len(xyz_N3))
-        open_M = np.arange(len(xyz_N3))
-        for count in rays:
-            xyz_M3, votes_M = xyz_N3[open_M], np.zeros(len(open_M))
-            for direction_3 in _sphere_pairs(count):
-                votes_M += self._leaves(xyz_M3, np.broadcast_to(direction_3, xyz_M3.shape))
-            share_N[open_M] = votes_M / count
-            open_M = np.flatnonzero((share_N > 0) & (share_N < 1))
+    @cached_property
+    def sharp_edges(self) -> np.ndarray:
+        """[E, 2, 3] float64 ends of `mesh`'s sharp edges, hidden ones included; see sharp_edges.py."""
+        return sharp_edges(self.mesh)
+
+    def shown(self, xyz_N3: np.ndarray) -> np.ndarray:
+        """[N] bool, of points on the mesh: they are not inside, as there is a surface sample beside them."""
+        return self._tree.query(xyz_N3, distance_upper_bound=self._gap)[0] < np.inf
+
+    def inside(self, xyz_N3: np.ndarray) -> np.ndarray:
+        """[N] bool: by `SIGN_RAYS`, and by the winding number where they are undecided."""
+        share_N, _ = self._faces.votes(xyz_N3, _lines(SIGN_RAYS[0]))
+        open_M = np.flatnonzero((share_N > 0) & (share_N < 1))
+        share_N[open_M], left_out_M = self._faces.votes(xyz_N3[open_M], _lines(SIGN_RAYS[1]))
+        undecided_M = np.abs(share_N[open_M] - 0.5) <= UNDECIDED
+        open_K = open_M[undecided_M]
+        share_N[open_K] = self._faces.winding_numbers(xyz_N3[open_K]) - left_out_M[undecided_M] - SHEET_MARGIN
         return share_N > 0.5
 
     def nearest(self, xyz_N3: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Distance (float32 [N], not signed) to the surface, colour (uint8 [N, 3]) of its nearest point, and whether
         that is on a sheet (bool [N])."""
-        k = min(CANDIDATES, len(self.xyz))
-        sample_NK = self._tree.query(xyz_N3, k=np.arange(1, k + 1))[1]
-        face_NK = self._face_D[sample_NK]
-        barycentric_NK3 = _closest_barycentric(xyz_N3[:, None], self.mesh.triangles[face_NK])
-        closest_NK3 = np.einsum("nkvc,nkv->nkc", self.mesh.triangles[face_NK], barycentric_NK3)
-        distance_NK = np.linalg.norm(closest_NK3 - xyz_N3[:, None], axis=2)
-        best_N1 = distance_NK.argmin(axis=1)[:, None]
-        exact_N = np.take_along_axis(distance_NK, best_N1, axis=1)[:, 0]
-        to_sample_N = np.linalg.norm(self.xyz[sample_NK[:, 0]] - xyz_N3, axis=1)
-        rgba_N4 = self.mesh.albedo_linear(
-            np.take_along_axis(face_NK, best_N1, axis=1)[:, 0],
-            np.take_along_axis(barycentric_NK3, best_N1[:, :, None], axis=1)[:, 0],
-        )
-        rgb_N3 = np.rint(255 * linear_to_srgb(rgba_N4[:, :3])).astype(np.uint8)
+        shown_N, barycentric_N3, distance_N = self._shown_faces.closest(xyz_N3)
+        face_N = self._shown[shown_N]
+        sheet_N = self._sheet_F[face_N]
+        mixed_M = np.flatnonzero(self._mixed_F[face_N])
+        to_sample_M, sample_M = self._tree.query(xyz_N3[mixed_M])
         # The triangle's nearest point may be on a hidden part of it; no shown part is nearer than the gap allows.
-        distance_N = np.maximum(exact_N, to_sample_N - self._gap).astype(np.float32)
-        return distance_N, rgb_N3, self._sheet_D[sample_NK[:, 0]]
+        distance_N[mixed_M] = np.maximum(distance_N[mixed_M], to_sample_M - self._gap)
+        sheet_N[mixed_M] = self._sheet_D[sample_M]
+        rgba_N4 = self.mesh.albedo_linear(face_N, barycentric_N3.astype(np.float32))
+        return distance_N.astype(np.float32), np.rint(255 * linear_to_srgb(rgba_N4[:, :3])).astype(np.uint8), sheet_N
 
-    def _leaves(self, origin_N3: np.ndarray, direction_N3: np.ndarray) -> np.ndarray:
-        """[N] bool: the ray meets more backs of faces than fronts."""
-        net_N = np.zeros(len(origin_N3), np.int32)
-        live_M, origin_M3, direction_M3 = np.arange(len(origin_N3)), origin_N3, direction_N3
-        for _ in range(MAX_CROSSINGS):
-            hits = self._scene.cast(origin_M3, direction_M3)
-            if not len(hits.ray_M):
-                break
-            live_M, direction_M3 = live_M[hits.ray_M], direction_M3[hits.ray_M]
-            net_N[live_M] += np.where(_dot(self._front_F3[hits.face_M], direction_M3) > 0, 1, -1)
-            origin_M3 = origin_M3[hits.ray_M] + direction_M3 * (hits.distance_M + STEP_ON)[:, None]
-        return net_N > 0
+    @cached_property
+    def _tree(self) -> cKDTree:
+        return cKDTree(self.xyz)
+
+    def _look_at(self, face_N: np.ndarray, barycentric_N3: np.ndarray) -> _Looks:
+        """What is on either side of points on faces, and their colours."""
+        xyz_N3, normal_N3 = _points_on(self.mesh, face_N, barycentric_N3), self._front_F3[face_N]
+        share_2N = np.array(self._faces.votes_on_sides(xyz_N3, normal_N3, STEP_OFF, _lines(SIDE_RAYS[0])))
+        open_M = np.flatnonzero(((share_2N > 0) & (share_2N < 1)).any(axis=0))
+        share_2N[:, open_M] = self._faces.votes_on_sides(
+            xyz_N3[open_M], normal_N3[open_M], STEP_OFF, _lines(SIDE_RAYS[1])
+        )
+        front_N, back_N = share_2N <= 0.5
+        return _Looks(xyz_N3, front_N, back_N, self.mesh.albedo(face_N, barycentric_N3))
 
     def _find_fronts(self, xyz_D3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """[F, 3] normals turned to the side from which each face is seen more often."""
+        scene = RayScene(self.mesh)
         far = 4 * max(1.0, float(np.abs(xyz_D3).max()))
         votes_F = np.zeros(len(self.mesh.faces))
         for _ in range(FRONT_RAYS):
             direction_D3 = _unit(rng.standard_normal(xyz_D3.shape, np.float32))
-            hits = self._scene.cast(xyz_D3 - far * direction_D3, direction_D3)
+            hits = scene.cast(xyz_D3 - far * direction_D3, direction_D3)
             facing_M = -np.sign(_dot(self.mesh.face_normals[hits.face_M], direction_D3[hits.ray_M]))
             votes_F += np.bincount(hits.face_M, facing_M, len(votes_F))
         part_F = _parts(self.mesh)
         part_votes = np.bincount(part_F, votes_F)
         turn_F = np.where(votes_F != 0, votes_F, part_votes[part_F]) < 0
         return np.where(turn_F[:, None], -self.mesh.face_normals, self.mesh.face_normals)
+
+
+@dataclass(frozen=True)
+class _Looks:
+    """N points on faces: xyz_N3, whether it is outside in front and at the back of them, and rgba_N4, albedo."""
+
+    xyz_N3: np.ndarray
+    front_N: np.ndarray
+    back_N: np.ndarray
+    rgba_N4: np.ndarray
+
+    @property
+    def shown_N(self) -> np.ndarray:
+        return (self.front_N | self.back_N) & (self.rgba_N4[:, 3] >= 0.5)
+
+    @property
+    def sheet_N(self) -> np.ndarray:
+        return self.front_N & self.back_N
 
 
 def _solid(shape: Mesh | Solid) -> Solid:
@@ -211,6 +253,25 @@ def _area_weighted(mesh: Mesh, n: int, rng: np.random.Generator) -> tuple[np.nda
     face_N = np.minimum(np.searchsorted(cumulative_F, at_N, side="right"), len(cumulative_F) - 1)
     root_N, v_N = np.sqrt(rng.random(n)), rng.random(n)
     return face_N, np.stack([1 - root_N, root_N * (1 - v_N), root_N * v_N], axis=1).astype(np.float32)
+
+
+def _points_on(mesh: Mesh, face_N: np.ndarray, barycentric_N3: np.ndarray) -> np.ndarray:
+    return np.einsum("nkc,nk->nc", mesh.triangles[face_N], barycentric_N3)
+
+
+def _along_edges(solid: Solid, n: int, rng: np.random.Generator) -> np.ndarray:
+    """[n, 3] points of sharp edges that are not hidden; of the surface where there are none."""
+    xyz_N3 = points_along(solid.sharp_edges, n, rng)
+    xyz_M3 = xyz_N3[solid.shown(xyz_N3)]
+    # Each is used as often as it takes to have n; the noise sets them apart.
+    return np.resize(xyz_M3, (n, 3)) if len(xyz_M3) else solid.xyz[rng.integers(len(solid.xyz), size=n)]
+
+
+def _with_noise(xyz_N3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Moved by Gaussian noise of `NEAR_SIGMAS`, an equal part with each."""
+    n = len(xyz_N3)
+    sigma_N1 = np.resize(np.repeat(NEAR_SIGMAS, -(-n // len(NEAR_SIGMAS))), (n, 1))
+    return xyz_N3 + sigma_N1 * rng.standard_normal((n, 3))
 
 
 def _equal_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -246,35 +307,6 @@ def _parts(mesh: Mesh) -> np.ndarray:
     return connected_components(graph, directed=False)[1][mesh.faces[:, 0]]
 
 
-def _closest_barycentric(p: np.ndarray, triangles: np.ndarray) -> np.ndarray:
-    """Barycentrics [..., 3] of the point of each triangle [..., 3, 3] that is nearest to p [..., 3].
-
-    The nearest point of the plane where it falls inside, else the best of the three edges.
-    """
-    p, triangles = p.astype(np.float64), triangles.astype(np.float64)  # thin triangles need it
-    a, b, c = (triangles[..., i, :] for i in range(3))
-    ab, ac, ap = b - a, c - a, p - a
-    d00, d01, d11 = _dot(ab, ab), _dot(ab, ac), _dot(ac, ac)
-    d20, d21 = _dot(ap, ab), _dot(ap, ac)
-    determinant = np.maximum(d00 * d11 - d01 * d01, 1e-30)
-    v, w = (d11 * d20 - d01 * d21) / determinant, (d00 * d21 - d01 * d20) / determinant
-    best = np.stack([1 - v - w, v, w], axis=-1)
-    outside = np.nonzero((best < 0).any(axis=-1) | (d00 * d11 - d01 * d01 <= 1e-12 * d00 * d11))
-    corners, point = triangles[outside], np.broadcast_to(p, a.shape)[outside]
-    nearest = np.full(len(point), np.inf)
-    chosen = np.zeros((len(point), 3), best.dtype)
-    for i, j in ((0, 1), (1, 2), (2, 0)):
-        edge, to_point = corners[:, j] - corners[:, i], point - corners[:, i]
-        along = np.clip(_dot(to_point, edge) / np.maximum(_dot(edge, edge), 1e-30), 0, 1)
-        distance = np.linalg.norm(to_point - along[:, None] * edge, axis=1)
-        nearer = distance < nearest
-        nearest[nearer] = distance[nearer]
-        chosen[nearer] = 0
-        chosen[nearer, i], chosen[nearer, j] = 1 - along[nearer], along[nearer]
-    best[outside] = chosen
-    return best
-
-
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.einsum("...c,...c->...", a, b)
 
@@ -283,15 +315,15 @@ def _unit(vectors_N3: np.ndarray) -> np.ndarray:
     return (vectors_N3 / np.linalg.norm(vectors_N3, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def _sphere_pairs(n: int) -> np.ndarray:
-    """[n, 3] directions spread over the sphere (Fibonacci's spiral on one half, and their opposites)."""
-    i = np.arange(n // 2) + 0.5
-    z, angle = i / (n // 2), np.pi * (1 + 5**0.5) * i
+def _lines(n_rays: int) -> np.ndarray:
+    """[n_rays / 2, 3] directions of lines spread over a half sphere (Fibonacci's spiral); each carries two rays."""
+    n = n_rays // 2
+    i = np.arange(n) + 0.5
+    z, angle = i / n, np.pi * (1 + 5**0.5) * i
     radius = np.sqrt(1 - z * z)
     half = np.stack([radius * np.cos(angle), radius * np.sin(angle), z], axis=1)
     # Turned away from the axes, along which man-made faces lie.
     turn = _unit(np.array([[0.8, 0.3, 0.52], [-0.3, 0.9, -0.1]]))
     x = turn[0]
     y = _unit(turn[1] - x * (x @ turn[1]))
-    half = half @ np.stack([x, y, np.cross(x, y)])
-    return np.concatenate([half, -half]).astype(np.float32)
+    return half @ np.stack([x, y, np.cross(x, y)])
