@@ -23,6 +23,7 @@ import os
 import re
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +33,8 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import ASIDE, parse_json, read_json, sha256_file, sha256_json
-from .index import INDEX, Index
+from .hashes import Hashes
+from .index import INDEX, Index, join
 from .raw_sample import decode_json, encode_raw_sample
 from .sample_bytes import ByteSource, Damaged, crc32, cut_members, read_crc32
 from .store import LocalStore, Store, store_at
@@ -272,10 +274,13 @@ def write_manifest(
     """
     store, shards, kept = store_at(out), list(shards), None
     if complete:
-        index = _folder_index(store, [asdict(shard) for shard in shards])
-        _refuse_twins(store.where(), index)
-        data, kept = index.encode()
-        store.write(INDEX, data)
+        composed = store.compose(INDEX)
+        try:
+            kept = _join_indices(store, [asdict(shard) for shard in shards], composed)
+            store.publish(composed, INDEX)
+        except BaseException:
+            composed.unlink(missing_ok=True)
+            raise
     manifest = {
         "format": format,
         "complete": complete,
@@ -503,9 +508,9 @@ class ShardFolder:
                 return index
         except (OSError, KeyError, TypeError, ValueError):
             pass
-        index = _folder_index(LocalStore(self._here), shards)
-        _refuse_twins(self.folder, index)
-        return index
+        with tempfile.NamedTemporaryFile(prefix="shapeloom-index-") as file:
+            kept = _join_indices(LocalStore(self._here), shards, Path(file.name))
+            return Index.read(Path(file.name), kept)  # mapped, so that it stays readable without its name
 
     def _index_file(self, shard: str) -> Path:
         """A shard's index.json."""
@@ -531,28 +536,32 @@ class ShardFolder:
         return f"{self.folder}/{self.shard_name(index)}"
 
 
-def _folder_index(store: Store, shards: list[dict[str, Any]]) -> Index:
-    """From each shard's index.json. Raises UserError for one that is missing, damaged or of another shard."""
+def _join_indices(store: Store, shards: list[dict[str, Any]], path: Path) -> dict[str, Any]:
+    """Write the folder's index, from each shard's index.json, and return what the manifest must keep.
 
-    def part(shard: dict[str, Any]) -> Index:
-        name = index_name(Path(str(shard["name"])).name)
-        try:
-            contents = parse_json(store.read(name), f"the shard index {store.where(name)}")
-        except FileNotFoundError:
-            raise UserError(f"the shard index {store.where(name)} does not exist") from None
-        try:
-            belongs, index = contents["sha256"] == shard["sha256"], Index.of_shard(contents)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(
-                f"{store.where(name)} is damaged ({error!r}): delete it and build the shard again"
-            ) from None
-        if not belongs or len(index) != shard["samples"]:
-            raise UserError(f"{store.where(name)} belongs to another shard: delete both and build them again")
-        return index
-
-    return Index.joined(map(part, shards))
+    Raises: UserError for one that is missing, damaged or of another shard, or for a uid that is there twice.
+    """
+    kept = join(lambda: (_shard_index(store, shard) for shard in shards), path)
+    index, uids = Index.read(path, kept), Hashes()
+    for i in range(len(index)):
+        uids.add(index.uid[i].decode())
+    # Hashes may agree by chance, so the uids themselves have the last word.
+    if uids.repeated() and len(np.unique(index.uid)) != len(index):
+        raise UserError(f"{store.where()} holds a uid twice: build it again")
+    return kept
 
 
-def _refuse_twins(folder: str | Path, index: Index) -> None:
-    if len(np.unique(index.uid)) != len(index):
-        raise UserError(f"{folder} holds a uid twice: build it again")
+def _shard_index(store: Store, shard: dict[str, Any]) -> Index:
+    """Of one shard. Raises UserError if it is missing, damaged or of another shard."""
+    name = index_name(Path(str(shard["name"])).name)
+    try:
+        contents = parse_json(store.read(name), f"the shard index {store.where(name)}")
+    except FileNotFoundError:
+        raise UserError(f"the shard index {store.where(name)} does not exist") from None
+    try:
+        belongs, index = contents["sha256"] == shard["sha256"], Index.of_shard(contents)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{store.where(name)} is damaged ({error!r}): delete it and build the shard again") from None
+    if not belongs or len(index) != shard["samples"]:
+        raise UserError(f"{store.where(name)} belongs to another shard: delete both and build them again")
+    return index
