@@ -176,6 +176,7 @@ def _append(
     at_once: int,
 ) -> None:
     """Caption the assets from `begun` on; a line of `unfinished` each, those of a batch in one write."""
+    failed = 0
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     with open(unfinished, "ab") as file, Bar(len(shards), "captioning", start=begun) as bar:
         if file.tell() == 0:
@@ -184,7 +185,8 @@ def _append(
             indices = range(start, min(start + at_once, len(shards)))
             rows = _captioned(shards, indices, captioner, settings)
             _write(file, b"".join(map(_line, rows)))
-            bar.update(len(rows), failed=sum("failed" in row for row in rows))
+            failed += sum("failed" in row for row in rows)
+            bar.update(len(rows), **({"failed": failed} if failed else {}))
 
 
 def _finish(unfinished: Path, out: Path, begun: int) -> Captioned:
