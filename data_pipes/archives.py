@@ -1,18 +1,26 @@
-"""Unpacks .zip, .tar and .tar.gz files from outside, which may be broken, hostile or larger than they look."""
+"""Unpacks .zip, .tar and .tar.gz files from outside, which may be broken, hostile or larger than they look.
+
+The members of a .zip can be read one by one, so that it may stay as it is (`ZipFolder`).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import posixpath
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from .limits import Rejected
+from .limits import Limits, Rejected
+from .places import Stamp
 
-__all__ = ["ARCHIVE_SUFFIXES", "ArchiveLimits", "unpack"]
+__all__ = ["ARCHIVE_SUFFIXES", "ArchiveLimits", "ZipFolder", "unpack"]
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 _PIECE = 1 << 20
@@ -45,7 +53,7 @@ def unpack(path: str | Path, into: str | Path, limits: ArchiveLimits | None = No
     Raises: Rejected if the archive is broken, encrypted, over the limits, or names files outside itself.
     """
     path, into, limits = Path(path), Path(into), limits or ArchiveLimits()
-    try:
+    with _rejecting():
         bytes_left = min(limits.total_bytes, _FREE_BYTES + limits.ratio * path.stat().st_size)
         into.mkdir(parents=True)
         for name, source in (_zip if path.suffix.lower() == ".zip" else _tar)(path, limits):
@@ -57,6 +65,13 @@ def unpack(path: str | Path, into: str | Path, limits: ArchiveLimits | None = No
                     if bytes_left < 0:
                         raise Rejected("it unpacks to far more than it should", "unpack it yourself if you trust it")
                     file.write(piece)
+
+
+@contextlib.contextmanager
+def _rejecting() -> Iterator[None]:
+    """Whatever an archive makes its library raise, as Rejected."""
+    try:
+        yield
     except (Rejected, MemoryError):
         raise
     except OSError as error:
@@ -67,15 +82,86 @@ def unpack(path: str | Path, into: str | Path, limits: ArchiveLimits | None = No
         raise Rejected(f"it cannot be unpacked ({_line(error)})", _AGAIN) from None
 
 
+@dataclass(frozen=True)
+class ZipFolder:
+    """The regular files of a .zip on this disk, read without unpacking it (places.Folder).
+
+    origin: the archive's own stamp.
+    """
+
+    path: Path
+    origin: tuple[int | str | None, ...]
+
+    def stamps(self, limits: ArchiveLimits) -> dict[str, Stamp]:
+        """Stamps of all members by name. Raises: Rejected as `unpack`, as far as the headers tell."""
+        with _rejecting():
+            members = _members(self)
+            _check_members(len(members), limits)
+            most = min(limits.total_bytes, _FREE_BYTES + limits.ratio * self.path.stat().st_size)
+            if sum(info.file_size for info in members.values()) > most:
+                raise Rejected("it unpacks to far more than it should", "unpack it yourself if you trust it")
+        return {name: self._stamp(info) for name, info in members.items()}
+
+    def stamp(self, name: str) -> Stamp | None:
+        with contextlib.suppress(Rejected), _rejecting():
+            info = _members(self).get(posixpath.normpath(name))
+            return None if info is None else self._stamp(info)
+        return None
+
+    def _stamp(self, info: zipfile.ZipInfo) -> Stamp:
+        return [info.file_size, f"{info.CRC:08x}", *self.origin]
+
+    @contextlib.contextmanager
+    def local(self, name: str, limits: Limits) -> Iterator[tuple[Path, Path]]:
+        data = self.fetch(name, limits.file_bytes)
+        if data is None:
+            raise Rejected("it is no longer in its archive", "start again")
+        limits.check("bytes", len(data), limits.file_bytes)
+        with tempfile.TemporaryDirectory(prefix="shapeloom-member-") as folder:
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            yield path, Path(folder)
+
+    @property
+    def fetches(self) -> bool:
+        return True
+
+    def fetch(self, name: str, most: int) -> bytes | None:
+        with _rejecting():
+            info = _members(self).get(name)
+            if info is None:
+                return None
+            with zipfile.ZipFile(self.path) as archive, archive.open(info) as file:
+                return file.read(most + 1)
+
+
+@lru_cache(maxsize=4)
+def _members(folder: ZipFolder) -> dict[str, zipfile.ZipInfo]:
+    """Regular files by name. A member of a name that was there before is refused, as it would be unpacked over it."""
+    with zipfile.ZipFile(folder.path) as archive:
+        found: dict[str, zipfile.ZipInfo] = {}
+        for info in _files(archive):
+            if (name := str(_inside(info.filename))) in found:
+                raise Rejected(f"it holds two files of one name ({name[:80]!r})", "unpack it yourself")
+            found[name] = info
+        return found
+
+
+def _files(archive: zipfile.ZipFile) -> Iterator[zipfile.ZipInfo]:
+    for info in archive.infolist():
+        if info.flag_bits & 1:
+            raise Rejected("it is encrypted", "unpack it yourself")
+        is_link = info.external_attr >> 28 == 0o12  # the file type of Unix, where that made it
+        if not info.is_dir() and not is_link:
+            yield info
+
+
 def _zip(path: Path, limits: ArchiveLimits) -> Iterator[tuple[str, IO[bytes]]]:
     with zipfile.ZipFile(path) as archive:
         _check_members(len(archive.infolist()), limits)
-        for info in archive.infolist():
-            if info.flag_bits & 1:
-                raise Rejected("it is encrypted", "unpack it yourself")
-            is_link = info.external_attr >> 28 == 0o12  # the file type of Unix, where that made it
-            if not info.is_dir() and not is_link:
-                yield info.filename, archive.open(info)
+        for info in _files(archive):
+            yield info.filename, archive.open(info)
 
 
 def _tar(path: Path, limits: ArchiveLimits) -> Iterator[tuple[str, IO[bytes]]]:

@@ -7,9 +7,9 @@ from urllib.parse import unquote, urlsplit
 
 from ..errors import UserError
 from ..progress import Bar
-from .archives import ARCHIVE_SUFFIXES, ArchiveLimits, unpack
+from .archives import ARCHIVE_SUFFIXES, ArchiveLimits, ZipFolder, unpack
 from .limits import Limits, Rejected
-from .places import Folder, LocalFolder, Place, Stamp, walk
+from .places import Folder, LocalFolder, Place, Stamp, is_hidden, walk
 from .read import SUFFIXES
 from .remote_files import found_at, is_url, without_secrets
 from .workers import Failed, isolated_map
@@ -20,7 +20,12 @@ UNPACK_CPU_S, UNPACK_WALL_S, UNPACK_BYTES = 3600, 36000.0, 2 << 30  # for one ar
 
 
 def find(
-    folder: str | Path, leave_out: Path | None, scratch: Path, archives: ArchiveLimits | None = None
+    folder: str | Path,
+    leave_out: Path | None,
+    scratch: Path,
+    archives: ArchiveLimits | None = None,
+    *,
+    zips_stay: bool = False,
 ) -> dict[str, Place]:
     """3D files under a folder by name, sorted: relative with "/", and ARCHIVE/inner/file for what an archive holds.
 
@@ -30,27 +35,26 @@ def find(
         leave_out: a folder that is not looked into; neither are hidden ones, nor archives in archives.
         scratch: an empty folder, which archives are unpacked into, in a process that may die of them, and which gets
             what is downloaded.
+        zips_stay: the members of .zip archives on this disk are read from there, not unpacked; such a place has no
+            `path`, only `local()`.
     Raises: UserError if there is no such folder, it cannot be reached, or there is nothing in it.
     """
     archives = archives or ArchiveLimits()
     where, stamps = _listed(folder, leave_out, scratch)
     places = {name: Place(where, name, stamp) for name, stamp in stamps.items() if name.lower().endswith(SUFFIXES)}
     packed = [Place(where, name, stamps[name]) for name in sorted(stamps) if name.lower().endswith(ARCHIVE_SUFFIXES)]
-    jobs = [(place, scratch / str(k), archives) for k, place in enumerate(packed)]
+    jobs = [(place, _inside(place, scratch / str(k), zips_stay), archives) for k, place in enumerate(packed)]
     outcomes = isolated_map(
-        _unpack, jobs, workers=1, cpu_s=UNPACK_CPU_S, wall_s=UNPACK_WALL_S, memory_bytes=UNPACK_BYTES
+        _stamps, jobs, workers=1, cpu_s=UNPACK_CPU_S, wall_s=UNPACK_WALL_S, memory_bytes=UNPACK_BYTES
     )
     with Bar(len(packed), "unpacking", quiet=not packed) as bar:
-        for (place, root, _), refused in zip(jobs, outcomes):
-            if isinstance(refused, Failed):
-                refused = Rejected(refused.reason, "unpack it yourself, or leave it out")
-            unpacked = LocalFolder(root, origin=tuple(place.stamp))
-            inner = {} if refused else walk(unpacked, leave_out)
-            inner = {file: stamp for file, stamp in inner.items() if file.lower().endswith(SUFFIXES)}
-            if not inner:
-                refused = refused or Rejected("it holds no 3D files", "leave it out")
-                places[place.name] = Place(where, place.name, place.stamp, refused)
-            places |= {f"{place.name}/{file}": Place(unpacked, file, stamp) for file, stamp in inner.items()}
+        for (place, inside, _), outcome in zip(jobs, outcomes):
+            if isinstance(outcome, Failed):
+                outcome = Rejected(outcome.reason, "unpack it yourself, or leave it out")
+            if isinstance(outcome, dict):
+                places |= {f"{place.name}/{file}": Place(inside, file, stamp) for file, stamp in outcome.items()}
+            else:
+                places[place.name] = Place(where, place.name, place.stamp, outcome)
             bar.update(1)
     if not places:
         shown = without_secrets(str(folder)) if is_url(folder) else folder
@@ -77,12 +81,25 @@ def _listed(folder: str | Path, leave_out: Path | None, scratch: Path) -> tuple[
     return local, walk(local, leave_out)
 
 
-def _unpack(job: tuple[Place, Path, ArchiveLimits]) -> Rejected | None:
-    """Runs in a worker."""
-    place, into, limits = job
+def _inside(archive: Place, scratch: Path, zips_stay: bool) -> LocalFolder | ZipFolder:
+    """What an archive will be read from: itself, or a new folder."""
+    origin = tuple(archive.stamp)
+    if zips_stay and isinstance(archive.folder, LocalFolder) and archive.name.lower().endswith(".zip"):
+        return ZipFolder(archive.path, origin)
+    return LocalFolder(scratch, origin)
+
+
+def _stamps(job: tuple[Place, LocalFolder | ZipFolder, ArchiveLimits]) -> dict[str, Stamp] | Rejected:
+    """Of the 3D files of an archive, which is unpacked where it must be. Runs in a worker."""
+    archive, inside, limits = job
     try:
-        with place.local(Limits(file_bytes=limits.total_bytes)) as (path, _):
-            unpack(path, into, limits)
+        if isinstance(inside, ZipFolder):
+            found = {name: stamp for name, stamp in inside.stamps(limits).items() if not is_hidden(name)}
+        else:
+            with archive.local(Limits(file_bytes=limits.total_bytes)) as (path, _):
+                unpack(path, inside.path, limits)
+            found = walk(inside)
     except Rejected as rejected:
         return rejected
-    return None
+    found = {name: stamp for name, stamp in found.items() if name.lower().endswith(SUFFIXES)}
+    return found or Rejected("it holds no 3D files", "leave it out")

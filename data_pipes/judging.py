@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from .limits import ANIMATED
 from .mesh import NORMALISED_SIDE, Mesh
 from .sampling import Solid
 
@@ -30,7 +31,7 @@ Kind = Literal[
     "open", "degenerate", "flipped", "parts", "apart", "floor", "scale", "empty", "texture", "animated", "duplicate"
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-ANIMATED = "it is animated"  # how a reader's sentence begins that tells of it
+
 DEGENERATE = 1e-6  # a face whose height over its longest edge is less than this part of that edge
 GROUPED = 512  # parts compared with each other for the gaps between them, the largest by area
 FLAT = 0.02  # height of a floor, as a part of the object's longest side
@@ -160,7 +161,7 @@ def findings(m: Measures, s: JudgeSettings, told: Sequence[str] = ()) -> dict[Ki
         found["texture"] = f"it has a texture of {m.texture_side} pixels along a side"
     elif m.texture_pixels > s.texture_pixels:
         found["texture"] = f"its textures have {m.texture_pixels / 1e6:.0f} million pixels together"
-    if animated := next((sentence for sentence in told if sentence.startswith(ANIMATED)), None):
+    if animated := next((sentence for sentence in told if sentence == ANIMATED), None):
         found["animated"] = animated
     return found
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from .limits import Fetch, Limits, Rejected
 
-__all__ = ["UNKNOWN", "Folder", "LocalFolder", "Place", "Stamp", "walk"]
+__all__ = ["UNKNOWN", "Folder", "LocalFolder", "Place", "Stamp", "is_hidden", "walk"]
 
 Stamp = list[int | str | None]
 UNKNOWN: Stamp = [None, None]  # size and change of a file that only reading it would tell of
@@ -125,9 +125,9 @@ def _fetch(folder: Folder, name: str, most: int) -> bytes | None:
     return folder.fetch(name, most)
 
 
-def walk(folder: LocalFolder, leave_out: Path | None) -> dict[str, Stamp]:
+def walk(folder: LocalFolder, leave_out: Path | None = None) -> dict[str, Stamp]:
     """Stamps of all files below a folder by name; hidden ones and what `leave_out` holds are passed over."""
-    leave_out = leave_out and leave_out.resolve()
+    leave_out = None if leave_out is None else leave_out.resolve()
     found: dict[str, Stamp] = {}
     for place, folders, names in os.walk(folder.path):
         folders[:] = [
@@ -139,3 +139,7 @@ def walk(folder: LocalFolder, leave_out: Path | None) -> dict[str, Stamp]:
                 stamp = folder.stamp_of(path)
             found[path.relative_to(folder.path).as_posix()] = stamp or list(UNKNOWN)
     return found
+
+
+def is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))

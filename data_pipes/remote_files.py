@@ -29,7 +29,7 @@ import fsspec
 
 from ..errors import UserError
 from .limits import Limits, Rejected
-from .places import UNKNOWN, Stamp
+from .places import UNKNOWN, Stamp, is_hidden
 
 __all__ = ["RemoteFolder", "found_at", "is_url", "told", "without_secrets"]
 
@@ -137,7 +137,7 @@ def found_at(url: str, scratch: Path) -> tuple[RemoteFolder, dict[str, Stamp]]:
             return RemoteFolder(parent, str(scratch)), {name: stamp}
         stamps = _transport(url).files()
     return RemoteFolder(url, str(scratch)), {
-        name: stamps[name] for name in sorted(stamps) if _is_inside(name) and not _is_hidden(name)
+        name: stamps[name] for name in sorted(stamps) if _is_inside(name) and not is_hidden(name)
     }
 
 
@@ -386,10 +386,6 @@ def _split(url: str) -> tuple[str, str]:
 
 def _is_inside(name: str) -> bool:
     return bool(name) and not re.search(r"[\0\\]", name) and not {"", ".", ".."} & set(name.split("/"))
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
 
 
 def without_secrets(url: str) -> str:

@@ -21,12 +21,12 @@ from PIL import Image
 from ..errors import UserError
 from ..files import write_atomic
 from .caption_twins import Group, bag, bag_hash, odd_word, text_hash
+from .limits import ANIMATED
 from .raw_sample import decode_webp
 from .render import composite
 from .report_pieces import LISTED, bars, bytes_said, counts_table, fact, finding, histogram, plot, safe, section, table
 from .shards import ShardFolder
 from .survey import (
-    ANIMATED,
     NONE_GIVEN,
     Doubles,
     Rejections,
@@ -232,7 +232,7 @@ def _rejected_of_a_kind(folder: Path, kind: Rejections) -> str:
 
 
 def _warned(shards: ShardFolder, found: Survey) -> str:
-    kinds = [(kind, n) for kind, n in found.warnings.most_common() if not kind.startswith(ANIMATED)]
+    kinds = [(kind, n) for kind, n in found.warnings.most_common() if kind != ANIMATED]
     if not kinds:
         other = "another" if found.warnings else "a"
         return section("warnings", "Warnings", "", f'<p class="fine">No asset has {other} warning.</p>')
@@ -252,13 +252,12 @@ def _warned(shards: ShardFolder, found: Survey) -> str:
 
 def _animated(shards: ShardFolder, found: Survey) -> str:
     """Those that were taken at rest; no section where there is none."""
-    kinds = [kind for kind in found.warnings if kind.startswith(ANIMATED)]
-    if not kinds:
+    if not found.warnings[ANIMATED]:
         return ""
-    some = [example for kind in kinds for example in found.warned[kind]]
+    some = found.warned[ANIMATED]
     sentences = [sentence for _, sentence in some]
     card = finding(
-        found.animated(),
+        found.warnings[ANIMATED],
         "asset",
         _of_all("They are animated", sentences),
         f'<div class="sheet few">{_figures(shards, some)}</div>',

@@ -22,7 +22,6 @@ from .caption_twins import ARTICLES, CaptionTwins, text_hash, words_of
 from .shards import ShardFolder
 
 __all__ = [
-    "ANIMATED",
     "Doubles",
     "Rejections",
     "Survey",
@@ -37,7 +36,6 @@ __all__ = [
 EXAMPLES = 6  # assets kept of a kind of warning, pictures of a kind of rejection
 FILES = 3  # file names kept of a kind of rejection
 PAIRS = 8  # pairs kept of a kind of doubles
-ANIMATED = "it is animated"  # how the warning begins of an asset that was taken at rest
 LITTLE_WORDS = ARTICLES | set(
     re.findall(r"\w+", "and as at by for from in into is it its of on or that this to with without")
 )
@@ -135,10 +133,6 @@ class Survey:
     def duplicates(self) -> list[tuple[int, str]]:
         """Captions that stand more than once, letter case and spaces aside: (times, text), most frequent first."""
         return sorted(((self.texts[key], text) for key, text in self.repeated.items()), key=lambda pair: -pair[0])
-
-    def animated(self) -> int:
-        """Assets with a warning that they are animated."""
-        return sum(n for kind, n in self.warnings.items() if kind.startswith(ANIMATED))
 
 
 def strings(value: Any) -> list[str]:

@@ -156,11 +156,13 @@ class _Reader:
     def _time(self, attribute: Any) -> Any:
         """The default time, or the earliest for an attribute with samples alone."""
         n_samples = attribute.GetNumTimeSamples()
+        if not n_samples:
+            return Usd.TimeCode.Default()
         if n_samples > 1:
             self._animated()
         source = attribute.GetResolveInfo(Usd.TimeCode.Default()).GetSource()
         has_value = source not in (Usd.ResolveInfoSourceNone, Usd.ResolveInfoSourceFallback)
-        return Usd.TimeCode.EarliestTime() if n_samples and not has_value else Usd.TimeCode.Default()
+        return Usd.TimeCode.Default() if has_value else Usd.TimeCode.EarliestTime()
 
     def _value(self, attribute: Any) -> Any:
         return attribute.Get(self._time(attribute))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import stat
 import tarfile
 import zipfile
@@ -16,7 +17,7 @@ import trimesh
 from shapeloom.data_pipes.archives import ArchiveLimits, unpack
 from shapeloom.data_pipes.build import BuildSettings, build
 from shapeloom.data_pipes.find import find
-from shapeloom.data_pipes.limits import Rejected
+from shapeloom.data_pipes.limits import Limits, Rejected
 from shapeloom.data_pipes.read import read_mesh
 
 
@@ -119,6 +120,37 @@ def test_real_archives_are_folders_with_their_textures(assets_dir: Path, tmp_pat
         assert file.startswith(f"{name}/") and file.endswith(".obj") and not others
         mesh = read_mesh(place.path, root=place.root)
         assert any(material.texture is not None for material in mesh.materials) == textured
+
+
+def test_a_zip_may_stay_and_its_members_be_read_one_by_one(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    box = trimesh.creation.box().export(file_type="gltf")
+    header = box.pop("model.gltf").replace(b'"uri":"', b'"uri":"../data/').replace(b'"uri": "', b'"uri": "../data/')
+    members = {"in/box.gltf": header, "in/._box.gltf": b"", "readme.txt": b"hello"}
+    write_zip(models / "a.zip", members | {f"data\\{name}": data for name, data in box.items()})
+    write_zip(models / "out.zip", {"../x.glb": b"!"})
+    write_zip(models / "bomb.zip", {"x.glb": bytes(40 << 20)})
+    (models / "cut.zip").write_bytes((models / "a.zip").read_bytes()[:-9])
+    (scratch := tmp_path / "scratch").mkdir()
+    places = pickle.loads(pickle.dumps(find(models, tmp_path / "raw", scratch, zips_stay=True)))
+    assert list(places) == ["a.zip/in/box.gltf", "bomb.zip", "cut.zip", "out.zip"] and not list(scratch.iterdir())
+    for name, reason in (("bomb", "far more"), ("cut", "cannot be unpacked"), ("out", "outside itself")):
+        assert reason in places[f"{name}.zip"].refused.reason
+    place = places["a.zip/in/box.gltf"]
+    sidecars: dict[str, str | None] = {}
+    with place.local() as (path, root):
+        assert len(read_mesh(path, root=root, fetch=place.fetch, sidecars=sidecars).faces) == 12
+    assert not path.exists() and sidecars
+    assert place.stamp[0] == len(header)
+    assert all(place.sidecar_stamp(name)[0] == len(box[Path(name).name]) for name in sidecars)
+    assert place.sidecar_stamp("../data/none.bin") is None and place.sidecar_stamp("../../x") is None
+    with pytest.raises(Rejected, match="bytes, more than the 10 allowed"), place.local(Limits(file_bytes=10)):
+        pass
+    before = place.stamp
+    write_zip(models / "a.zip", {"in/box.gltf": header.replace(b"GLTF", b"gltf").replace(b"2.0", b"2.1")})
+    (again := tmp_path / "again").mkdir()
+    assert find(models, tmp_path / "raw", again, zips_stay=True)["a.zip/in/box.gltf"].stamp != before
 
 
 def test_a_build_takes_what_archives_hold_and_sets_bad_ones_aside(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from test_eval_browser import browser  # noqa: F401
 
 from shapeloom.data_pipes.build import BuildSettings, build
+from shapeloom.data_pipes.limits import ANIMATED
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
 from shapeloom.data_pipes.report import write_report
 from shapeloom.data_pipes.shards import RAW_FORMAT, ShardFolder, ShardWriter, write_manifest
@@ -258,7 +259,7 @@ def test_captions_a_word_apart_are_shown_with_the_word(tmp_path: Path) -> None:
 
 def test_animated_assets_and_textures_have_their_place(tmp_path: Path) -> None:
     metas = [
-        {"warnings": [f"it is animated: {k} animations are left out"] if k else [], "mesh": {"texture_side": side}}
+        {"warnings": [ANIMATED] if k else [], "mesh": {"texture_side": side}}
         for k, side in enumerate((0, 0, 64, 65, 1024))
     ]
     metas[1]["warnings"].append("it is open")

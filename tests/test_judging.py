@@ -14,7 +14,7 @@ from shapeloom.config import load_config
 from shapeloom.data_pipes import judging
 from shapeloom.data_pipes.build import BuildSettings, build
 from shapeloom.data_pipes.judging import JudgeSettings, Measures, findings, measure
-from shapeloom.data_pipes.limits import Limits
+from shapeloom.data_pipes.limits import ANIMATED, Limits
 from shapeloom.data_pipes.mesh import WHITE, Material, Mesh
 from shapeloom.data_pipes.read import read_mesh
 from shapeloom.data_pipes.sampling import Solid
@@ -202,7 +202,7 @@ def test_textures_are_counted_once() -> None:
 
 
 def test_what_a_reader_told_of_an_animation_is_a_finding() -> None:
-    told = ["a texture cannot be decoded, so its colours are not used", "it is animated: it is taken as it stands"]
+    told = ["a texture cannot be decoded, so its colours are not used", ANIMATED]
     m = measures(box())
     assert findings(m, JudgeSettings(), told) == {"animated": told[1]}
     assert findings(m, JudgeSettings(), told[:1]) == findings(m, JudgeSettings()) == {}
