@@ -22,7 +22,7 @@ from .caption_twins import words_of
 from .captions import JSON_SUFFIXES
 from .raw_sample import decode_webp
 from .render import composite
-from .shards import ShardFolder
+from .shard_folder import ShardFolder
 from .survey import strings
 
 __all__ = ["CaptionSettings", "Captioned", "caption", "clean"]

@@ -15,7 +15,7 @@ from ..files import write_atomic
 from .loader import order
 from .raw_sample import decode_npz, decode_webp
 from .render import composite
-from .shards import ShardFolder
+from .shard_folder import ShardFolder
 
 INK, PAPER, LINE = (34, 34, 40), (255, 255, 255), (226, 226, 231)
 MAX_LINES = 4

@@ -31,7 +31,8 @@ import numpy as np
 from ..errors import UserError
 from ..files import canonical_json
 from .raw_sample import ARRAY_ERRORS, decode_json, decode_npz, encode_npz
-from .shards import LATENT_FORMAT, ShardFolder
+from .shard_folder import ShardFolder
+from .shards import LATENT_FORMAT
 
 __all__ = ["LatentDataset", "LatentSample", "LatentSums", "encode_latent_sample"]
 

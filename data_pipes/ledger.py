@@ -79,7 +79,7 @@ class Part:
         return cls(number, ShardInfo(**fields["shard"]), entries)
 
 
-_DEFAULTS = {"sidecars": {}, "sha256": None, "sample": False, "warnings": 0, "signature": None}
+_DEFAULTS: dict[str, Any] = {"sidecars": {}, "sha256": None, "sample": False, "warnings": 0, "signature": None}
 _DEFAULTS |= dict.fromkeys(("reason", "hint", "picture", "duplicate_of"))
 
 
@@ -222,7 +222,8 @@ def plan(
     emptied = [number for number, slots in tasks.items() if not slots]
     for number in emptied:
         del tasks[number]
-    fresh = [Make(file, uid, texts.get(file, AssetText())) for file, uid in new_uids(list(new), uids).items()]
+    named = new_uids(list(new), uids).items()
+    fresh: list[Make | Copy | Settle] = [Make(file, uid, texts.get(file, AssetText())) for file, uid in named]
     last = max((*sizes, *tasks), default=None)
     if fill and last is not None and fresh:
         there = tasks.get(last) or (_as_they_are(ledger, last) if sizes[last] < shard_size else [])

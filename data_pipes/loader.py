@@ -23,7 +23,7 @@ from ..models.cameras import Cameras
 from .raw_sample import NORMAL_SCALE, decode_depth, decode_field, decode_json, decode_surface, decode_webp
 from .remote_shards import open_shards
 from .sample_bytes import Damaged
-from .shards import ShardFolder
+from .shard_folder import ShardFolder
 
 PARTS = ("surface", "field", "albedo", "lit", "pictures", "depth", "cameras")
 _VIEW_PREFIX = {"albedo": "view_", "lit": "lit_", "pictures": "lit_"}

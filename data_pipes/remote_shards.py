@@ -35,7 +35,8 @@ from ..errors import UserError
 from ..files import ASIDE
 from .index import INDEX
 from .sample_bytes import ByteSource, Damaged, retried
-from .shards import MANIFEST, RAW_FORMAT, ShardFolder, index_path
+from .shard_folder import ShardFolder
+from .shards import MANIFEST, RAW_FORMAT, index_path
 
 __all__ = ["RemoteShards", "is_remote", "open_shards"]
 

@@ -25,7 +25,7 @@ from .limits import ANIMATED
 from .raw_sample import decode_webp
 from .render import composite
 from .report_pieces import LISTED, bars, bytes_said, counts_table, fact, finding, histogram, plot, safe, section, table
-from .shards import ShardFolder
+from .shard_folder import ShardFolder
 from .survey import (
     NONE_GIVEN,
     Doubles,

@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import UserError
 from ..progress import Bar
 from .caption_twins import ARTICLES, CaptionTwins, text_hash, words_of
-from .shards import ShardFolder
+from .shard_folder import ShardFolder
 
 __all__ = [
     "Doubles",

@@ -12,7 +12,7 @@ import torch
 
 from ..data_pipes.encoder_inputs import farthest_first, view_arrays
 from ..data_pipes.loader import RawDataset
-from ..data_pipes.shards import ShardFolder
+from ..data_pipes.shard_folder import ShardFolder
 from ..errors import UserError
 from ..models.autoencoder import Autoencoder
 from ..models.encoder import ViewInputs

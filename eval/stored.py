@@ -14,7 +14,7 @@ from ..data_pipes.mesh import Mesh
 from ..data_pipes.raw_sample import decode_surface, decode_webp
 from ..data_pipes.render import composite
 from ..data_pipes.scenes import draw_scene
-from ..data_pipes.shards import ShardFolder
+from ..data_pipes.shard_folder import ShardFolder
 from ..errors import UserError
 
 __all__ = ["ENCODED_POINTS", "exact_mesh", "frontal_pictures", "surface_rows"]

@@ -17,7 +17,7 @@ from shapeloom.data_pipes import executors
 from shapeloom.data_pipes.build import BuildSettings, build
 from shapeloom.data_pipes.captions import caption_from_name, read_captions
 from shapeloom.data_pipes.ledger import new_uids
-from shapeloom.data_pipes.shards import ShardFolder
+from shapeloom.data_pipes.shard_folder import ShardFolder
 from shapeloom.data_pipes.workers import Failed, isolated_map
 from shapeloom.errors import UserError
 

@@ -45,7 +45,7 @@ from shapeloom.data_pipes.build import BuildSettings, build
 from shapeloom.data_pipes.captioning import CaptionSettings, caption, clean
 from shapeloom.data_pipes.image_to_text import ImageToText
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
-from shapeloom.data_pipes.shards import ShardFolder
+from shapeloom.data_pipes.shard_folder import ShardFolder
 from shapeloom.errors import UserError
 from shapeloom.launch.cli import app
 

@@ -14,7 +14,7 @@ from shapeloom.data_pipes.build import BuildSettings, build
 from shapeloom.data_pipes.caption_twins import words_of
 from shapeloom.data_pipes.captions import AssetText, read_captions
 from shapeloom.data_pipes.hashes import Hashes
-from shapeloom.data_pipes.shards import ShardFolder
+from shapeloom.data_pipes.shard_folder import ShardFolder
 from shapeloom.errors import UserError
 
 FILES = ["chair.glb", "sub/tisch.obj"]

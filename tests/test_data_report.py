@@ -20,7 +20,8 @@ from shapeloom.data_pipes.build import BuildSettings, build
 from shapeloom.data_pipes.limits import ANIMATED
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
 from shapeloom.data_pipes.report import write_report
-from shapeloom.data_pipes.shards import RAW_FORMAT, ShardFolder, ShardWriter, write_manifest
+from shapeloom.data_pipes.shard_folder import ShardFolder
+from shapeloom.data_pipes.shards import RAW_FORMAT, ShardWriter, write_manifest
 from shapeloom.data_pipes.survey import Survey, general_form, particulars, survey
 from shapeloom.errors import UserError
 

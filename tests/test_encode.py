@@ -23,7 +23,8 @@ from shapeloom.data_pipes.latents import LatentDataset, LatentSums
 from shapeloom.data_pipes.loader import RawDataset
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
 from shapeloom.data_pipes.raw_sample import decode_npz, encode_npz
-from shapeloom.data_pipes.shards import RAW_FORMAT, ShardFolder, ShardWriter, write_manifest
+from shapeloom.data_pipes.shard_folder import ShardFolder
+from shapeloom.data_pipes.shards import RAW_FORMAT, ShardWriter, write_manifest
 from shapeloom.errors import UserError
 from shapeloom.training.denoiser import DenoiserRun, build
 from shapeloom.training.encode import EncodeRun, run

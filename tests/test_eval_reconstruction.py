@@ -16,7 +16,7 @@ import trimesh
 
 from shapeloom.data_pipes.mesh import Mesh
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
-from shapeloom.data_pipes.shards import ShardFolder
+from shapeloom.data_pipes.shard_folder import ShardFolder
 from shapeloom.data_pipes.workers import Failed
 from shapeloom.errors import UserError
 from shapeloom.eval.metrics import reconstruction

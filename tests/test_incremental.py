@@ -15,7 +15,7 @@ from shapeloom.data_pipes.build import BuildSettings, build
 from shapeloom.data_pipes.judging import JudgeSettings
 from shapeloom.data_pipes.ledger import Ledger
 from shapeloom.data_pipes.licences import LicenceFilter
-from shapeloom.data_pipes.shards import ShardFolder
+from shapeloom.data_pipes.shard_folder import ShardFolder
 from shapeloom.data_pipes.store import LocalStore
 from shapeloom.data_pipes.verify import verify
 from shapeloom.errors import UserError

@@ -18,7 +18,7 @@ from shapeloom.data_pipes.limits import ANIMATED, Limits
 from shapeloom.data_pipes.mesh import WHITE, Material, Mesh
 from shapeloom.data_pipes.read import read_mesh
 from shapeloom.data_pipes.sampling import Solid
-from shapeloom.data_pipes.shards import ShardFolder
+from shapeloom.data_pipes.shard_folder import ShardFolder
 from shapeloom.errors import UserError
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from shapeloom.data_pipes.build import BuildSettings, build
 from shapeloom.data_pipes.licences import LicenceFilter
-from shapeloom.data_pipes.shards import ShardFolder
+from shapeloom.data_pipes.shard_folder import ShardFolder
 from shapeloom.errors import UserError
 from shapeloom.launch.cli import app
 

@@ -12,7 +12,7 @@ import pytest
 
 from shapeloom.data_pipes.loader import PARTS, Batches, RawDataset, RawSample, order, sample_rng
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
-from shapeloom.data_pipes.shards import ShardFolder
+from shapeloom.data_pipes.shard_folder import ShardFolder
 from shapeloom.errors import UserError
 from shapeloom.files import read_json, write_json
 

@@ -18,7 +18,8 @@ from shapeloom.data_pipes.procedural import SPLITS, ProceduralSettings, generate
 from shapeloom.data_pipes.raw_sample import decode_field, decode_surface
 from shapeloom.data_pipes.render import RayScene
 from shapeloom.data_pipes.scenes import MAKERS, PlacedPart, Scene, draw_scene
-from shapeloom.data_pipes.shards import ShardFolder, index_path
+from shapeloom.data_pipes.shard_folder import ShardFolder
+from shapeloom.data_pipes.shards import index_path
 from shapeloom.errors import UserError
 
 SOLIDS = {shape: maker(*(0.7 * np.array(unit))) for shape, (maker, unit) in MAKERS.items()}

@@ -12,9 +12,9 @@ import pytest
 
 from shapeloom.data_pipes import raw_sample
 from shapeloom.data_pipes.index import INDEX
+from shapeloom.data_pipes.shard_folder import ShardFolder
 from shapeloom.data_pipes.shards import (
     RAW_FORMAT,
-    ShardFolder,
     ShardWriter,
     begin_folder,
     encode_raw_sample,

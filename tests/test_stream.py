@@ -21,7 +21,8 @@ from shapeloom.data_pipes.loader import Batches, RawDataset, RawSample
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
 from shapeloom.data_pipes.raw_batch import RawBatch, raw_batch
 from shapeloom.data_pipes.remote_shards import RemoteShards, is_remote, open_shards
-from shapeloom.data_pipes.shards import INDEX, MANIFEST, ShardFolder
+from shapeloom.data_pipes.shard_folder import ShardFolder
+from shapeloom.data_pipes.shards import INDEX, MANIFEST
 from shapeloom.data_pipes.stream import StreamBatches, StreamOrder, buffered
 from shapeloom.errors import UserError
 from shapeloom.files import read_json, write_json

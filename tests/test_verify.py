@@ -15,7 +15,8 @@ from shapeloom.data_pipes.index import INDEX
 from shapeloom.data_pipes.latents import LatentSample, encode_latent_sample
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
 from shapeloom.data_pipes.raw_sample import encode_npz, encode_webp
-from shapeloom.data_pipes.shards import LATENT_FORMAT, MANIFEST, ShardFolder, ShardWriter, begin_folder, write_manifest
+from shapeloom.data_pipes.shard_folder import ShardFolder
+from shapeloom.data_pipes.shards import LATENT_FORMAT, MANIFEST, ShardWriter, begin_folder, write_manifest
 from shapeloom.data_pipes.verify import verify
 from shapeloom.errors import UserError
 from shapeloom.launch.cli import app

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from ...data_pipes import grammar
-from ...data_pipes.shards import MANIFEST, ShardFolder
+from ...data_pipes.shard_folder import ShardFolder
+from ...data_pipes.shards import MANIFEST
 from ...errors import UserError
 from ...files import sha256_json
 from .sources import MeshFile, Picture, Source, StoredObject, StoredPicture

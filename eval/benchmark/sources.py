@@ -19,7 +19,7 @@ import trimesh
 from ...data_pipes.limits import Limits, Rejected, Sidecars
 from ...data_pipes.mesh import Mesh
 from ...data_pipes.read import read_mesh
-from ...data_pipes.shards import ShardFolder
+from ...data_pipes.shard_folder import ShardFolder
 from ...errors import UserError
 from ...files import sha256_file
 from ..picture_files import open_picture

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from ...data_pipes.limits import Rejected
-from ...data_pipes.shards import MANIFEST, ShardFolder
+from ...data_pipes.shard_folder import ShardFolder
+from ...data_pipes.shards import MANIFEST
 from ...data_pipes.workers import Failed, isolated_map
 from ...errors import UserError
 from ...files import sha256_json

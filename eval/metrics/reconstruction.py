@@ -26,7 +26,7 @@ from rich.table import Table
 from ...data_pipes.contact_sheet import write_png
 from ...data_pipes.raw_sample import decode_field, decode_webp
 from ...data_pipes.render import composite, render
-from ...data_pipes.shards import ShardFolder
+from ...data_pipes.shard_folder import ShardFolder
 from ...data_pipes.workers import Failed
 from ...errors import UserError
 from ...files import write_atomic, write_json

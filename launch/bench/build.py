@@ -28,7 +28,7 @@ from ...data_pipes.captions import AssetText
 from ...data_pipes.find import find
 from ...data_pipes.licences import LicenceFilter
 from ...data_pipes.limits import Limits
-from ...data_pipes.shards import ShardFolder
+from ...data_pipes.shard_folder import ShardFolder
 from .measure import finish
 
 SETTINGS = {"n_surface": 16384, "n_near": 16384, "n_uniform": 16384, "n_views": 20, "image_size": 256}
