@@ -216,6 +216,7 @@ def test_rejected_files_are_shown_where_there_is_a_picture(tmp_path: Path) -> No
 
 def test_doubles_stand_side_by_side(raw: Path, tmp_path: Path) -> None:
     raw = Path(shutil.copytree(raw, tmp_path / "raw"))
+    (raw / "duplicates.jsonl").unlink()
     assert not page_of(raw)[1].every("section", id="doubles"), "it is not known whether there are any"
     (raw / "duplicates.jsonl").write_text("")
     assert "No file is a double" in page_of(raw)[1].every("section", id="doubles")[0].text

@@ -210,9 +210,8 @@ def batches_of(folder: Path, **how: int) -> Batches:
 def test_a_flipped_bit_is_named_and_fatal_unless_asked(copy: Path, suffix: str) -> None:
     uid = RawDataset(copy, "train", ("lit",))[4].uid
     damage(copy, uid, suffix)
-    with pytest.raises(
-        UserError, match=rf"{uid} in shard {copy}/shard-0000.\.tar differs from its CRC-32.*build it again"
-    ):
+    where = rf"{uid} in shard {copy}/shard-0000.\.tar"
+    with pytest.raises(UserError, match=rf"{where} differs from its CRC-32.*build it again"):
         RawDataset(copy, "train", ("lit",))[4]
 
 

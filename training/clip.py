@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,12 @@ def build(config: ClipRun) -> Stage:
 
     level = train.shards.manifest["settings"].get("level", "core")
 
+    @functools.lru_cache(maxsize=1 << 18)  # captions come again each epoch, and samples share theirs
+    def tokens(text: str) -> torch.Tensor:
+        return model.tokenize([text])[0]
+
     def collate(items: list[tuple[RawSample, np.random.Generator]]) -> Batch:
-        return collate_pairs(items, model, config.n_swaps, config.n_near, level)
+        return collate_pairs(items, model, tokens, config.n_swaps, config.n_near, level)
 
     def loss(wrapped: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         texts_BKT = batch["texts"]
@@ -133,6 +138,7 @@ def train_tokenizer(captions: Any, vocab_size: int) -> Tokenizer:
 def collate_pairs(
     items: list[tuple[RawSample, np.random.Generator]],
     model: Conditioner,
+    tokens: Callable[[str], torch.Tensor],
     n_swaps: int,
     n_near: int = 0,
     level: Level = "core",
@@ -140,6 +146,7 @@ def collate_pairs(
     """One frontal view and one caption of each sample, with wrong captions of it beside them.
 
     Args:
+        tokens: a text's ids, [T].
         n_swaps, n_near: of its swapped captions and of its near misses (in the words of `level`), at most.
     Returns: images [B, 3, H, W]; texts [B, K, T] token ids, K - 1 of them wrong; present [B, K]; meaning [B, K] ids,
     equal where captions mean the same.
@@ -148,7 +155,7 @@ def collate_pairs(
     for sample, rng in items:
         # Frontal views come first; of the others, captions that speak of left and right are not true.
         views = sample.stored["lit"]
-        images.append(composite(views[rng.integers((len(views) + 1) // 2)]))
+        images.append(_on_white(views[rng.integers((len(views) + 1) // 2)]))
         caption = str(rng.choice(sample.captions))
         others = [swap["caption"] for swap in sample.meta.get("swaps", [])]
         others = [others[k] for k in rng.permutation(len(others))[:n_swaps]]
@@ -158,7 +165,7 @@ def collate_pairs(
         meanings.append([meaning_id(text) for text in texts[-1]])
     width = 1 + n_swaps + n_near
     present = torch.tensor([[k < len(row) for k in range(width)] for row in texts])
-    ids = model.tokenize([text for row in texts for text in row + [""] * (width - len(row))])
+    ids = torch.stack([tokens(text) for row in texts for text in row + [""] * (width - len(row))])
     meaning = torch.tensor([row + [0] * (width - len(row)) for row in meanings])
     return {
         "images": model.prepare(np.stack(images)),
@@ -166,6 +173,15 @@ def collate_pairs(
         "present": present,
         "meaning": meaning,
     }
+
+
+def _on_white(rgba: np.ndarray) -> np.ndarray:
+    """As `composite`, to the bit, in a third of its time: in whole numbers. uint8 [..., 4] → [..., 3]."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    rgb = rgba[..., :3] * alpha
+    rgb += 255 * (255 - alpha) + 127  # at most 65,152
+    rgb //= 255
+    return rgb.astype(np.uint8)
 
 
 def contrastive_loss(

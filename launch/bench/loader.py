@@ -13,8 +13,8 @@ Cost model, of one sample of 160 KB (4,096 surface and 8,192 field points, 6 vie
 (1.2 GB/s), npz members 1 ms and a WebP view .15 ms to decode; of that, nothing is left where it is cached but the draw
 of the points or of one view.
 
-ratio: batches a second, over the training's steps a second in the same run; the least of the stages and, as the aim is
-for training as it runs by default, of `cached` and of `stream` once each sample was seen. Aim: 20.
+ratio: batches a second over the training's steps a second, in the same run; the least of the stages, of `cached`, which
+is how training runs by default from its second epoch on. Aim: 20. The other ratios are given beside it.
 """
 
 from __future__ import annotations
