@@ -187,7 +187,7 @@ def encode(
 
 def _run_stage(
     stage: str,
-    data: Path,
+    data: str,
     out: Path,
     preset: str | None,
     config: Path | None,
@@ -197,7 +197,7 @@ def _run_stage(
     from ..training.stages import run_stage
 
     run_stage(
-        stage, preset=preset, config=config, data=str(data), out=str(out), resume=resume, overrides=overrides or []
+        stage, preset=preset, config=config, data=data, out=str(out), resume=resume, overrides=overrides or []
     )
 
 

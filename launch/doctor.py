@@ -42,6 +42,8 @@ EXTRAS = {
     "deepspeed": ("deepspeed",),
     "xformers": ("xformers",),
     "usd": ("usd-core",),
+    "s3": ("s3fs",),
+    "gcs": ("gcsfs",),
     "export": ("xatlas", "fast-simplification", "usd-core"),
     "eval": ("torchmetrics", "lpips"),
     "ray": ("ray",),

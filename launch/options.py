@@ -20,7 +20,9 @@ Preset = Annotated[
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML or JSON over the preset, such as a run's config.json.")
 ]
-RawData = Annotated[Path, typer.Option(help="A folder of raw shards.")]
+RawData = Annotated[
+    str, typer.Option(help="A folder of raw shards; or its URL (https://, s3://, …) or a pipe, which is streamed.")
+]
 Resume = Annotated[
     str, typer.Option(help="auto goes on where OUT was, never starts afresh; or a state folder to go on from.")
 ]
