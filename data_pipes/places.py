@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import unquote
 
 from .limits import Fetch, Limits, Rejected
 
@@ -105,8 +106,11 @@ class Place:
         return partial(_fetch, self.folder) if self.folder.fetches else None
 
     def sidecar_stamp(self, name: str) -> Stamp | None:
-        """As `stamp`, of a file that this one names (relative to it); None if there is none inside the folder."""
-        return self.folder.stamp(posixpath.join(posixpath.dirname(self.name), name))
+        """As `stamp`, of a file by the name that this one has for it; None if there is none inside the folder."""
+        here = posixpath.dirname(self.name)
+        tried = (name, unquote(name).replace("\\", "/"))  # as Sidecars
+        stamps = (self.folder.stamp(posixpath.join(here, one)) for one in tried)
+        return next((stamp for stamp in stamps if stamp is not None), None)
 
     @property
     def path(self) -> Path:
