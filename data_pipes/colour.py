@@ -7,24 +7,27 @@ Shapes: M materials, L levels, T texels of all textures and levels, N points of 
 
 from __future__ import annotations
 
-import numpy as np
-from numba import float32, float64, int32, int64, types, uint8
+import math
 
-from .compiled import array, compiled
+import numpy as np
+from numba import float32, float64, int32, int64, types, uint8, uint32
+
+from .compiled import array, compiled, inlined
 from .mesh import srgb_to_linear
 
 __all__ = ["add_samples", "albedo", "finish_pixels", "halve"]
 
+_FAR = 2.0**40  # texture coordinates and footprints beyond it have no fraction left
 MOST_PROBES = 8  # lookups along the longer side of a sample's footprint on a texture seen at a slant
 
-_LINEAR = srgb_to_linear(np.arange(256, dtype=np.uint8))
+_LINEAR = srgb_to_linear(np.arange(256, dtype=np.uint8)).astype(np.float64)
 # From linear light to the nearest sRGB byte: byte k begins at _BEGINS[k], and _GUESS is at most a few below the answer.
 _BEGINS = np.append(srgb_to_linear((np.arange(256) - 0.5) / 255), np.float32(np.inf))
 _BEGINS[0] = -np.inf
 _GUESS = np.searchsorted(_BEGINS, np.arange(4097) / np.float32(4096), side="right").astype(np.int32) - 1
 
 
-@compiled()
+@inlined
 def _to_byte(linear: float) -> int:
     """The nearest sRGB byte."""
     if not linear > 0:
@@ -44,9 +47,9 @@ def halve(texture_HW4: np.ndarray, smaller_HW4: np.ndarray) -> None:
     for j in range(rows):
         for i in range(columns):
             r = g = b = a = total = 0.0
-            for y in range(int(j * tall), min(int(np.ceil((j + 1) * tall)), height)):
+            for y in range(int(j * tall), min(int(math.ceil((j + 1) * tall)), height)):
                 weight_y = min(y + 1, (j + 1) * tall) - max(y, j * tall)
-                for x in range(int(i * wide), min(int(np.ceil((i + 1) * wide)), width)):
+                for x in range(int(i * wide), min(int(math.ceil((i + 1) * wide)), width)):
                     weight = weight_y * (min(x + 1, (i + 1) * wide) - max(x, i * wide))
                     total += weight
                     r += weight * _LINEAR[texture_HW4[y, x, 0]]
@@ -59,45 +62,42 @@ def halve(texture_HW4: np.ndarray, smaller_HW4: np.ndarray) -> None:
             smaller_HW4[j, i, 3] = int(a / total + 0.5)
 
 
-@compiled()
-def _between(
-    texels_T4: np.ndarray, c: int, ta: int, tb: int, tc: int, td: int, wa: float, wb: float, wc: float, wd: float
-) -> float:
-    """One channel between four texels."""
-    return (
-        wa * _LINEAR[texels_T4[ta, c]]
-        + wb * _LINEAR[texels_T4[tb, c]]
-        + wc * _LINEAR[texels_T4[tc, c]]
-        + wd * _LINEAR[texels_T4[td, c]]
-    )
-
-
-@compiled()
+@inlined
 def _bilinear(
-    texels_T4: np.ndarray, start: int, width: int, height: int, u: float, v: float
+    texels_T: np.ndarray, start: int, width: int, height: int, u: float, v: float
 ) -> tuple[float, float, float, float]:
     """Between the four nearest texels of a level, which repeats."""
-    x, y = (u - np.floor(u)) * width - 0.5, (v - np.floor(v)) * height - 0.5
-    x0, y0 = int(np.floor(x)), int(np.floor(y))
+    x, y = (u - math.floor(u)) * width - 0.5, (v - math.floor(v)) * height - 0.5
+    x0, y0 = math.floor(x), math.floor(y)
     fx, fy = x - x0, y - y0
     x1 = 0 if x0 + 1 >= width else x0 + 1
     y1 = 0 if y0 + 1 >= height else y0 + 1
     x0 = x0 + width if x0 < 0 else x0
     y0 = y0 + height if y0 < 0 else y0
-    ta, tb = start + y0 * width + x0, start + y0 * width + x1
-    tc, td = start + y1 * width + x0, start + y1 * width + x1
+    row0, row1 = start + y0 * width, start + y1 * width
+    # Unsigned, so that no index is taken to count from the end.
+    a, b = texels_T[np.uint64(row0 + x0)], texels_T[np.uint64(row0 + x1)]
+    c, d = texels_T[np.uint64(row1 + x0)], texels_T[np.uint64(row1 + x1)]
+    if a == b and a == c and a == d:
+        return _LINEAR[a & 255], _LINEAR[a >> 8 & 255], _LINEAR[a >> 16 & 255], (a >> 24) / 255
     wa, wb, wc, wd = (1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy
     return (
-        _between(texels_T4, 0, ta, tb, tc, td, wa, wb, wc, wd),
-        _between(texels_T4, 1, ta, tb, tc, td, wa, wb, wc, wd),
-        _between(texels_T4, 2, ta, tb, tc, td, wa, wb, wc, wd),
-        (wa * texels_T4[ta, 3] + wb * texels_T4[tb, 3] + wc * texels_T4[tc, 3] + wd * texels_T4[td, 3]) / 255,
+        wa * _LINEAR[a & 255] + wb * _LINEAR[b & 255] + wc * _LINEAR[c & 255] + wd * _LINEAR[d & 255],
+        wa * _LINEAR[a >> 8 & 255]
+        + wb * _LINEAR[b >> 8 & 255]
+        + wc * _LINEAR[c >> 8 & 255]
+        + wd * _LINEAR[d >> 8 & 255],
+        wa * _LINEAR[a >> 16 & 255]
+        + wb * _LINEAR[b >> 16 & 255]
+        + wc * _LINEAR[c >> 16 & 255]
+        + wd * _LINEAR[d >> 16 & 255],
+        (wa * (a >> 24) + wb * (b >> 24) + wc * (c >> 24) + wd * (d >> 24)) / 255,
     )
 
 
-@compiled()
+@inlined
 def _filtered(
-    texels_T4: np.ndarray,
+    texels_T: np.ndarray,
     levels_ML3: np.ndarray,
     m: int,
     top: int,
@@ -116,12 +116,12 @@ def _filtered(
     across2, down2 = (ux * width) ** 2 + (vx * height) ** 2, (uy * width) ** 2 + (vy * height) ** 2
     if across2 < down2:
         across2, down2, ux, vx, uy, vy = down2, across2, uy, vy, ux, vx
-    if top == 0 or not 1 < across2 < np.inf:
-        return _bilinear(texels_T4, levels_ML3[m, 0, 0], width, height, u, v)
-    longer = np.sqrt(across2)
+    if top == 0 or not 1 < across2 < _FAR**2:
+        return _bilinear(texels_T, levels_ML3[m, 0, 0], width, height, u, v)
+    longer = math.sqrt(across2)
     shorter = max(1.0, abs(ux * vy - uy * vx) * width * height / longer)
     probes = int(min(longer / shorter + 0.5, MOST_PROBES))
-    level = min(max(0.0, np.log2(max(shorter, longer / probes))), top)
+    level = min(max(0.0, math.log2(max(shorter, longer / probes))), top)
     lower = int(level)
     upper_part = level - lower
     r = g = b = a = 0.0
@@ -131,12 +131,12 @@ def _filtered(
         for at in range(lower, lower + 2 if upper_part > 0 else lower + 1):
             part = (upper_part if at > lower else 1 - upper_part) / probes
             start, width, height = levels_ML3[m, at, 0], levels_ML3[m, at, 1], levels_ML3[m, at, 2]
-            pr, pg, pb, pa = _bilinear(texels_T4, start, width, height, pu, pv)
+            pr, pg, pb, pa = _bilinear(texels_T, start, width, height, pu, pv)
             r, g, b, a = r + part * pr, g + part * pg, b + part * pb, a + part * pa
     return r, g, b, a
 
 
-@compiled()
+@inlined
 def _corner_mix(corner_F3C: np.ndarray, face: int, c: int, w1: float, w2: float) -> float:
     """A value between the corners of a face; from one corner on, so that what is constant stays so to the last bit."""
     value = float(corner_F3C[face, 0, c])
@@ -149,7 +149,7 @@ _ARRAYS = (
     array(float32, 3),
     array(float32, 2),
     array(float32, 1),
-    array(uint8, 2),
+    array(uint32, 1),
     array(int64, 3),
     array(int64, 1),
 )
@@ -165,7 +165,7 @@ def albedo(
     corner_rgba: np.ndarray,
     base_M4: np.ndarray,
     cutoff_M: np.ndarray,
-    texels_T4: np.ndarray,
+    texels_T: np.ndarray,
     levels_ML3: np.ndarray,
     top_M: np.ndarray,
 ) -> np.ndarray:
@@ -175,7 +175,7 @@ def albedo(
         sides_N22: as in `raster.visible`, or empty for no filter.
         corner_uv, corner_rgba: as in `Mesh`, or empty.
         cutoff_M: what alpha is compared with; -inf for opaque materials, NaN where alpha is kept as it is.
-        texels_T4: uint8, sRGB.
+        texels_T: uint32, sRGB and alpha as bytes, red lowest.
         levels_ML3: start, width and height of each level of each material's texture; all zero without a texture.
         top_M: the last level of each material.
     """
@@ -192,22 +192,22 @@ def albedo(
             u1, v1 = corner_uv[face, 1, 0] - u0, corner_uv[face, 1, 1] - v0
             u2, v2 = corner_uv[face, 2, 0] - u0, corner_uv[face, 2, 1] - v0
             u, v = u0 + w1 * u1 + w2 * u2, v0 + w1 * v1 + w2 * v2
-            u, v = u if np.isfinite(u) else 0.0, v if np.isfinite(v) else 0.0
+            u, v = u if abs(u) < _FAR else 0.0, v if abs(v) < _FAR else 0.0
             ux = vx = uy = vy = 0.0
             # Cut-outs are told by full texels: the average of a leaf and the air around it is neither.
-            if len(sides_N22) and not np.isfinite(cutoff):
+            if len(sides_N22) and not math.isfinite(cutoff):
                 ux = sides_N22[n, 0, 0] * u1 + sides_N22[n, 0, 1] * u2
                 vx = sides_N22[n, 0, 0] * v1 + sides_N22[n, 0, 1] * v2
                 uy = sides_N22[n, 1, 0] * u1 + sides_N22[n, 1, 1] * u2
                 vy = sides_N22[n, 1, 0] * v1 + sides_N22[n, 1, 1] * v2
-            tr, tg, tb, ta = _filtered(texels_T4, levels_ML3, material, top_M[material], u, v, ux, vx, uy, vy)
+            tr, tg, tb, ta = _filtered(texels_T, levels_ML3, material, top_M[material], u, v, ux, vx, uy, vy)
             r, g, b, a = r * tr, g * tg, b * tb, a * ta
         if len(corner_rgba):
             r *= _corner_mix(corner_rgba, face, 0, w1, w2)
             g *= _corner_mix(corner_rgba, face, 1, w1, w2)
             b *= _corner_mix(corner_rgba, face, 2, w1, w2)
             a *= _corner_mix(corner_rgba, face, 3, w1, w2)
-        if not np.isnan(cutoff):
+        if not math.isnan(cutoff):
             a = 1.0 if a >= cutoff else 0.0
         rgba_N4[n, 0], rgba_N4[n, 1] = min(max(r, 0.0), 1.0), min(max(g, 0.0), 1.0)
         rgba_N4[n, 2], rgba_N4[n, 3] = min(max(b, 0.0), 1.0), min(max(a, 0.0), 1.0)
@@ -305,7 +305,7 @@ def finish_pixels(
         grey: the albedo of textureless pictures.
     """
     for pixel in range(len(sums_PC)):
-        alpha = int(np.rint(255 * sums_PC[pixel, _ALPHA] / n_samples))
+        alpha = round(255 * sums_PC[pixel, _ALPHA] / n_samples)
         if alpha == 0:
             continue
         scale = 1 / float(sums_PC[pixel, _ALPHA])
@@ -320,4 +320,4 @@ def finish_pixels(
         depth_P[pixel] = sums_PC[pixel, _DEPTH] / sums_PC[pixel, _COVERED]
         if length2 > 1e-12:
             for c in range(3):
-                normal_P3[pixel, c] = sums_PC[pixel, _NORMAL + c] / np.sqrt(length2)
+                normal_P3[pixel, c] = sums_PC[pixel, _NORMAL + c] / math.sqrt(length2)

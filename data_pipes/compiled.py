@@ -8,15 +8,15 @@ from typing import Any
 import numba
 from numba import types
 
-__all__ = ["array", "compiled"]
+__all__ = ["array", "compiled", "inlined"]
 
 
-def compiled(signature: Any = None) -> Callable[[Callable[..., Any]], Any]:
-    """Decorates a function for numba: one thread, plain IEEE arithmetic (no fused or reordered operations).
+def compiled(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorates a loop for numba: one thread, plain IEEE arithmetic (no fused or reordered operations).
 
-    With a signature it is compiled on import, and never again for other types. The result is kept beside the source,
-    in the user's cache or in $NUMBA_CACHE_DIR, and in memory alone where none of them can be written. What is kept is
-    renewed when its own file changes and no other: compiled functions call only functions of their own file.
+    It is compiled on import, for its signature alone. The result is kept beside the source, in the user's cache or in
+    $NUMBA_CACHE_DIR, and in memory alone where none of them can be written. What is kept is renewed when its own file
+    changes and no other: compiled functions call only functions of their own file.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -26,6 +26,11 @@ def compiled(signature: Any = None) -> Callable[[Callable[..., Any]], Any]:
             return numba.njit(signature, nogil=True, error_model="numpy")(function)
 
     return decorate
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """Decorates a part of such loops: it becomes part of each, as arrays are counted anew in every call proper."""
+    return numba.njit(nogil=True, error_model="numpy", forceinline=True)(function)
 
 
 def array(dtype: Any, ndim: int, *, written: bool = False) -> types.Array:

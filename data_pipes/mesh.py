@@ -293,17 +293,18 @@ def _levels(texture: np.ndarray | None) -> list[np.ndarray | None]:
 def _palette(materials: tuple[Material, ...], levels: list[list[np.ndarray | None]]) -> tuple[np.ndarray, ...]:
     """What `colour.albedo` knows of M materials, the texels of all levels of all textures in one row.
 
-    Returns: base_M4, cutoff_M, texels_T4, levels_ML3 and top_M, as they are there.
+    Returns: base_M4, cutoff_M, texels_T, levels_ML3 and top_M, as they are there.
     """
     base_M4 = np.array([m.base_color_linear for m in materials], np.float32).reshape(-1, 4)
     cutoffs = {"OPAQUE": lambda m: -np.inf, "MASK": lambda m: m.alpha_cutoff, "BLEND": lambda m: np.nan}
     cutoff_M = np.array([cutoffs[m.alpha_mode](m) for m in materials], np.float32)
     images = {id(image): image for row in levels for image in row if image is not None}
     starts = dict(zip(images, np.cumsum([0, *(image.shape[0] * image.shape[1] for image in images.values())])))
-    texels_T4 = np.concatenate([np.zeros((0, 4), np.uint8), *(image.reshape(-1, 4) for image in images.values())])
+    rows = [np.zeros((0, 4), np.uint8), *(np.ascontiguousarray(image).reshape(-1, 4) for image in images.values())]
     levels_ML3 = np.zeros((len(materials), max(map(len, levels), default=1), 3), np.int64)
     for m, row in enumerate(levels):
         for level, image in enumerate(row):
             if image is not None:
                 levels_ML3[m, level] = starts[id(image)], image.shape[1], image.shape[0]
-    return base_M4, cutoff_M, texels_T4, levels_ML3, np.array([len(row) - 1 for row in levels], np.int64)
+    texels_T = np.concatenate(rows).view("<u4")[:, 0].astype(np.uint32, copy=False)
+    return base_M4, cutoff_M, texels_T, levels_ML3, np.array([len(row) - 1 for row in levels], np.int64)

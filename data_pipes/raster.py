@@ -14,10 +14,12 @@ Shapes: V vertices, F faces, S samples of the whole picture (row by row), K samp
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import boolean, float32, float64, int32, int64, types
 
-from .compiled import array, compiled
+from .compiled import array, compiled, inlined
 
 __all__ = ["visible"]
 
@@ -27,24 +29,24 @@ _WIDE = 8  # samples; from here on a row's ends are computed rather than searche
 Corner = tuple[float, float, float]
 
 
-@compiled()
+@inlined
 def _corner(points_V3: np.ndarray, vertex: int) -> Corner:
     return points_V3[vertex, 0], points_V3[vertex, 1], points_V3[vertex, 2]
 
 
-@compiled()
+@inlined
 def _edge(p: Corner, q: Corner) -> Corner:
     """The cross product of two corners; exactly its opposite when they are swapped."""
     return p[1] * q[2] - p[2] * q[1], p[2] * q[0] - p[0] * q[2], p[0] * q[1] - p[1] * q[0]
 
 
-@compiled()
+@inlined
 def _owns(a: float, b: float) -> bool:
     """Samples on an edge belong to the face on its right, or below it: to one of the two that share it."""
     return a > 0 or (a == 0 and b > 0)
 
 
-@compiled()
+@inlined
 def _row_ends(first: int, last: int, a: float, rest: float, half: float, s: int) -> tuple[int, int]:
     """Narrow a row's samples to those with a x + rest >= 0, with one to spare at the end."""
     if a == 0:
@@ -58,7 +60,7 @@ def _row_ends(first: int, last: int, a: float, rest: float, half: float, s: int)
     return first, last
 
 
-@compiled()
+@inlined
 def _grid(points_V3: np.ndarray, width: int, height: int, s: int) -> np.ndarray:
     """[V, 2] where vertices in front of the eye fall, in samples: 0 is the middle of the first; of others, nothing."""
     grid_V2 = np.empty((len(points_V3), 2))
@@ -69,7 +71,7 @@ def _grid(points_V3: np.ndarray, width: int, height: int, s: int) -> np.ndarray:
     return grid_V2
 
 
-@compiled()
+@inlined
 def _fill(
     points_V3: np.ndarray, faces_F3: np.ndarray, width: int, height: int, s: int, limit_S: np.ndarray
 ) -> tuple[np.ndarray, tuple[int, int, int, int]]:
@@ -96,7 +98,7 @@ def _fill(
             left, right = max(left, min(x0, x1, x2) - 1e-6), min(right, max(x0, x1, x2) + 1e-6)
             top, bottom = max(top, min(y0, y1, y2) - 1e-6), min(bottom, max(y0, y1, y2) + 1e-6)
             least, most = 1 / highest, 1 / lowest
-        i0, i1, j0, j1 = int(np.ceil(left)), int(np.floor(right)), int(np.ceil(top)), int(np.floor(bottom))
+        i0, i1, j0, j1 = math.ceil(left), math.floor(right), math.ceil(top), math.floor(bottom)
         if i0 > i1 or j0 > j1:
             continue
         p, q, r = _corner(points_V3, v0), _corner(points_V3, v1), _corner(points_V3, v2)
@@ -212,7 +214,7 @@ def visible(
                     depth_K[hit] = w0 * p[2] + w1 * q[2] + w2 * r[2]
                     hit += 1
     for spot in range(n_spots):
-        side = np.sqrt(share_N[spot])  # of a square of as many samples, in samples
+        side = math.sqrt(share_N[spot])  # of a square of as many samples, in samples
         for c in range(3):
             barycentric_N3[spot, c] /= share_N[spot]
         for k in range(4):

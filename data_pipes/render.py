@@ -16,7 +16,7 @@ import numpy as np
 from ..models.cameras import Cameras, orbit
 from .mesh import Mesh
 
-__all__ = ["Hits", "RayScene", "Views", "composite", "random_rig", "render"]
+__all__ = ["Hits", "RayScene", "Views", "composite", "prepare", "random_rig", "render"]
 
 VERSION = 2  # of the pixels: it changes with anything that changes them, so that no score rests on stale renders
 
@@ -151,6 +151,11 @@ def render(mesh: Mesh, cameras: Cameras, *, samples_per_axis: int = 2) -> Views:
         depth.reshape(n_views, height, width),
         normal.reshape(n_views, height, width, 3),
     )
+
+
+def prepare() -> None:
+    """Load what `render` runs on, and compile it where no earlier process has: seconds that a first view takes else."""
+    from . import colour, raster  # noqa: F401
 
 
 def composite(rgba: np.ndarray, background: tuple[float, float, float] = (1, 1, 1)) -> np.ndarray:
