@@ -121,19 +121,16 @@ def _filtered(
     longer = math.sqrt(across2)
     shorter = max(1.0, abs(ux * vy - uy * vx) * width * height / longer)
     probes = int(min(longer / shorter + 0.5, MOST_PROBES))
-    level = min(max(0.0, math.log2(max(shorter, longer / probes))), top)
-    lower = int(level)
-    upper_part = level - lower
+    # The finer of the two levels nearest to the footprint: the coarser, and a mean of both, blur what is no finer than
+    # pixels, as neighbours on a palette.
+    level = min(int(math.log2(max(shorter, longer / probes, 1.0))), top)
+    start, width, height = levels_ML3[m, level, 0], levels_ML3[m, level, 1], levels_ML3[m, level, 2]
     r = g = b = a = 0.0
     for probe in range(probes):
         offset = (probe + 0.5) / probes - 0.5
-        pu, pv = u + offset * ux, v + offset * vx
-        for at in range(lower, lower + 2 if upper_part > 0 else lower + 1):
-            part = (upper_part if at > lower else 1 - upper_part) / probes
-            start, width, height = levels_ML3[m, at, 0], levels_ML3[m, at, 1], levels_ML3[m, at, 2]
-            pr, pg, pb, pa = _bilinear(texels_T, start, width, height, pu, pv)
-            r, g, b, a = r + part * pr, g + part * pg, b + part * pb, a + part * pa
-    return r, g, b, a
+        pr, pg, pb, pa = _bilinear(texels_T, start, width, height, u + offset * ux, v + offset * vx)
+        r, g, b, a = r + pr, g + pg, b + pb, a + pa
+    return r / probes, g / probes, b / probes, a / probes
 
 
 @inlined

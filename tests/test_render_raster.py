@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ def test_random_triangles_are_seen_as_by_rays(spread: float) -> None:
         cast_faces, cast_depths = cast(mesh, cameras)
         assert (faces >= 0).any() and (faces != cast_faces).mean() < 2e-3  # rays are float32, edges are not
         same = (faces == cast_faces) & (faces >= 0)
-        assert np.percentile(np.abs(depths - cast_depths)[same] / cast_depths[same], 99.9) < 1e-3
+        assert np.percentile(np.abs(depths[same] - cast_depths[same]) / cast_depths[same], 99.9) < 1e-3
 
 
 def test_real_objects_are_seen_as_by_rays(assets_dir: Path) -> None:
@@ -171,11 +172,15 @@ def test_textures_are_filtered_as_by_many_more_samples(elevation: float) -> None
     rng = np.random.default_rng(1)
     noise = opaque_texture(rng.integers(0, 256, (512, 384, 3)))  # the worst texture there is, and no power of two
     mesh, cameras = floor_with(noise), orbit([30], [elevation], size=64)
-    truth, found = (render(mesh, cameras, samples_per_axis=s).albedo[0] for s in (32, 2))
-    solid = (truth[..., 3] == 255) & (found[..., 3] == 255)
-    error = found[solid][:, :3].astype(float) - truth[solid][:, :3]
-    assert np.abs(error.mean(axis=0)).max() < 1.5  # as bright
-    assert np.sqrt((error**2).mean()) < 8  # unfiltered, it is above 25
+    unfiltered = replace(mesh, materials=(replace(mesh.materials[0], alpha_mode="MASK"),))
+    truth = render(unfiltered, cameras, samples_per_axis=32).albedo[0]
+    solid = truth[..., 3] == 255
+    errors = []
+    for one in (mesh, unfiltered):
+        errors.append(render(one, cameras).albedo[0][solid][:, :3].astype(float) - truth[solid][:, :3])
+    rms_filtered, rms_unfiltered = (np.sqrt((error**2).mean()) for error in errors)
+    assert np.abs(errors[0].mean(axis=0)).max() < 1  # as bright
+    assert rms_filtered < 0.2 * rms_unfiltered
 
 
 def test_neighbours_on_a_palette_do_not_bleed() -> None:
@@ -215,11 +220,10 @@ def _size_of_view(subdivisions: int) -> float:
     return float(render(plain(sphere.vertices, sphere.faces), orbit([0], 0, size=32)).albedo[..., 3].sum() / 255)
 
 
-def test_workers_with_little_memory_render_and_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))  # nothing is compiled there
-    (found,) = isolated_map(_size_of_view, [2], workers=1, cpu_s=100, wall_s=200, memory_bytes=4 << 30)
-    assert found == pytest.approx(_size_of_view(2))
-    assert list(tmp_path.rglob("*.nbi"))
+def test_workers_with_little_memory_render() -> None:
+    here = _size_of_view(2)  # compiles, if nothing has
+    (found,) = isolated_map(_size_of_view, [2], workers=1, cpu_s=60, wall_s=200, memory_bytes=4 << 30)
+    assert found == pytest.approx(here)
 
 
 def test_loops_that_cannot_be_kept_on_disk_still_run() -> None:
