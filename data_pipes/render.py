@@ -1,9 +1,13 @@
-"""Unlit and lit views of a mesh by ray casting on the CPU (Embree), for data and evaluation alike.
+"""Unlit and lit views of a mesh on the CPU, for data and evaluation alike; and Embree's rays, for sampling.
 
+Which surface a sample sees is found by `raster`, its colour by the mesh (`colour`). Surfaces that can be seen through
+are followed front to back, one more layer of the same rasteriser each.
 Colour is averaged over a pixel in linear light and encoded to sRGB once at the end; views have straight alpha.
 Faces are two-sided and shaded flat, with their geometric normal, so that a mesh looks the same whoever wrote its
-normals. Deterministic: same mesh, cameras and library versions, same bytes.
-Shapes: V views, H height, W width, S samples per pixel, N rays or hits.
+normals. Of faces in the same place the first is seen. Deterministic: same mesh, cameras and library versions, same
+bytes.
+Shapes: V views or vertices, H height, W width, S samples of a view, K samples that meet a surface, N spots on surfaces
+(`raster.visible`), F faces, P pixels.
 """
 
 from __future__ import annotations
@@ -28,8 +32,8 @@ WRAP = 0.4
 TEXTURELESS_ALBEDO = 0.6  # linear light; what every surface has where only its shape is to be seen
 LIGHT_IN_CAMERA = np.array([-0.4, 0.7, 0.6]) / np.linalg.norm([-0.4, 0.7, 0.6])
 
-MAX_LAYERS = 8  # see-through surfaces followed along one ray
-OPAQUE_ENOUGH = 1 / 512  # a ray stops where less light than this would pass
+MAX_LAYERS = 8  # see-through surfaces followed behind one sample
+OPAQUE_ENOUGH = 1 / 512  # a sample's light stops where less light than this would pass
 SAME_SURFACE = 1e-5  # of the depth: what is nearer behind a surface than this is its other side, and not met
 
 
@@ -100,7 +104,7 @@ def render(mesh: Mesh, cameras: Cameras, *, samples_per_axis: int = 2) -> Views:
     Args:
         mesh: in the cameras' object frame.
         cameras: V views of H x W pixels.
-        samples_per_axis: rays per pixel along each axis, on a regular grid, box-filtered.
+        samples_per_axis: samples per pixel along each axis, on a regular grid, box-filtered.
     Raises: ValueError if there is no camera or `samples_per_axis` is not positive.
     Example: a sphere of radius r seen from distance d with focal f covers about pi f^2 r^2 / (d^2 - r^2) pixels.
     """
