@@ -94,6 +94,15 @@ def test_closed_surfaces_have_no_holes(distance: float) -> None:
     assert (depths[inside] < distance).all()
 
 
+def test_vertices_in_the_same_place_leave_no_seam() -> None:
+    sphere = trimesh.creation.icosphere(subdivisions=3)
+    corners = sphere.vertices[sphere.faces].reshape(-1, 3)
+    cameras = orbit([0, 45], [0, 35.264], size=64)  # along an axis and a diagonal: edges run through samples
+    joined = render(plain(sphere.vertices, sphere.faces), cameras)
+    apart = render(plain(corners, np.arange(len(corners)).reshape(-1, 3)), cameras)
+    assert (joined.albedo == apart.albedo).all() and (joined.depth == apart.depth).all()
+
+
 def test_each_sample_on_shared_edges_belongs_to_one_face() -> None:
     """A square cut into fans whose edges run exactly through samples: rows, columns and diagonals."""
     corners = np.array([[x / 16, y / 16, -1] for x in (-8, 0, 8) for y in (-8, 0, 8)])
