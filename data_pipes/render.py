@@ -123,7 +123,7 @@ def render(mesh: Mesh, cameras: Cameras, *, samples_per_axis: int = 2) -> Views:
     limit_S = np.full(height * width * s**2, np.inf, np.float32)  # 1 / depth of the last surface that was passed
     for view, (camera_to_world, focal) in enumerate(zip(cameras.camera_to_world.astype(np.float64), cameras.focal)):
         rotation_33, eye_3 = camera_to_world[:3, :3], camera_to_world[:3, 3].copy()
-        points_V3 = _seen_from(mesh.vertices - eye_3, rotation_33 * [focal, -focal, -1])
+        points_V3 = _seen_from(mesh.vertices, eye_3, rotation_33 * [focal, -focal, -1])
         sums_PC = np.zeros((height * width, colour.N_SUMS), np.float32)
         passing_S = np.ones(height * width * s**2, np.float32)  # the part of the light that is still to be met
         for _ in range(1 if mesh.opaque else MAX_LAYERS):
@@ -157,11 +157,17 @@ def render(mesh: Mesh, cameras: Cameras, *, samples_per_axis: int = 2) -> Views:
     )
 
 
-def _seen_from(offset_V3: np.ndarray, axes_33: np.ndarray) -> np.ndarray:
-    """[V, 3] products with the columns of a matrix; equal rows give equal bits, which a matrix product does not promise
-    and without which a seam between vertices in the same place could let a sample through.
+def _seen_from(vertices_V3: np.ndarray, eye_3: np.ndarray, axes_33: np.ndarray) -> np.ndarray:
+    """[V, 3] products of what leads from the eye to each vertex with the columns of a matrix.
+
+    Equal rows give equal bits, which a matrix product does not promise and without which a seam between vertices in the
+    same place could let a sample through.
     """
-    return offset_V3[:, :1] * axes_33[0] + offset_V3[:, 1:2] * axes_33[1] + offset_V3[:, 2:] * axes_33[2]
+    x_V, y_V, z_V = np.ascontiguousarray(vertices_V3.T) - eye_3[:, None]
+    points_V3 = np.empty(vertices_V3.shape)
+    for column, (a, b, c) in enumerate(axes_33.T):
+        points_V3[:, column] = a * x_V + b * y_V + c * z_V
+    return points_V3
 
 
 def prepare() -> None:
