@@ -174,25 +174,37 @@ class Mesh:
         rgba_N4[:, :3] = linear_to_srgb(rgba_N4[:, :3])
         return rgba_N4
 
-    def albedo_linear(self, face_N: np.ndarray, barycentric_N3: np.ndarray) -> np.ndarray:
-        """As `albedo`, in linear light."""
-        material_N = self.face_material.take(face_N)
-        rgba_N4 = self._palette.base_M4.take(material_N, axis=0)
-        if self.corner_uv is not None and self._palette.textured:
-            rgba_N4 *= self._palette.sample(material_N, _interpolate(self.corner_uv, face_N, barycentric_N3))
-        if self.corner_rgba is not None:
-            rgba_N4 *= _interpolate(self.corner_rgba, face_N, barycentric_N3)
-        if self.opaque:
-            rgba_N4[:, 3] = 1
-        else:
-            cutoff_N = self._palette.cutoff_M[material_N]
-            solid_N = (rgba_N4[:, 3] >= cutoff_N).astype(np.float32)
-            rgba_N4[:, 3] = np.where(np.isnan(cutoff_N), rgba_N4[:, 3], solid_N)
-        return np.clip(rgba_N4, 0, 1, out=rgba_N4)
+    def albedo_linear(
+        self, face_N: np.ndarray, barycentric_N3: np.ndarray, sides_N22: np.ndarray | None = None
+    ) -> np.ndarray:
+        """As `albedo`, in linear light.
+
+        Args:
+            sides_N22: two sides of a parallelogram around each point, as what the second and third barycentric grow
+                along them. Textures are averaged over it, those of MASK materials excepted; without it they are looked
+                up, bilinearly.
+        """
+        from .colour import albedo
+
+        plain = sides_N22 is None
+        return albedo(
+            np.ascontiguousarray(face_N, np.int32),
+            np.ascontiguousarray(barycentric_N3, np.float32),
+            np.zeros((0, 2, 2), np.float32) if plain else np.ascontiguousarray(sides_N22, np.float32),
+            self.face_material,
+            np.zeros((0, 3, 2), np.float32) if self.corner_uv is None else self.corner_uv,
+            np.zeros((0, 3, 4), np.float32) if self.corner_rgba is None else self.corner_rgba,
+            *(self._palette if plain else self._filtered_palette),
+        )
 
     @cached_property
-    def _palette(self) -> _Palette:
-        return _Palette(self.materials)
+    def _palette(self) -> tuple[np.ndarray, ...]:
+        return _palette(self.materials, [[m.texture] for m in self.materials])
+
+    @cached_property
+    def _filtered_palette(self) -> tuple[np.ndarray, ...]:
+        levels = {id(m.texture): _levels(m.texture) for m in self.materials}
+        return _palette(self.materials, [levels[id(m.texture)] for m in self.materials])
 
     def transformed(self, matrix: np.ndarray) -> Mesh:
         """Moved by a 4x4 matrix acting on columns; a mirroring matrix turns the faces so that outside stays outside."""
@@ -266,56 +278,33 @@ def _concatenate_corners(parts: list[tuple[np.ndarray | None, int]], missing: np
     )
 
 
-def _interpolate(corners_F3C: np.ndarray, face_N: np.ndarray, barycentric_N3: np.ndarray) -> np.ndarray:
-    """[N, C] values between the three corners of each face."""
-    return np.einsum("nkc,nk->nc", corners_F3C.take(face_N, axis=0), barycentric_N3.astype(np.float32, copy=False))
+def _levels(texture: np.ndarray | None) -> list[np.ndarray | None]:
+    """A texture and its smaller and smaller averages, down to one texel."""
+    from .colour import halve
+
+    levels = [texture]
+    while texture is not None and max(texture.shape[:2]) > 1:
+        smaller = np.empty((max(1, texture.shape[0] // 2), max(1, texture.shape[1] // 2), 4), np.uint8)
+        halve(np.ascontiguousarray(texture), smaller)
+        levels.append(texture := smaller)
+    return levels
 
 
-class _Palette:
-    """Arrays over M materials, all textures in one row of texels so that a lookup needs no loop over materials."""
+def _palette(materials: tuple[Material, ...], levels: list[list[np.ndarray | None]]) -> tuple[np.ndarray, ...]:
+    """What `colour.albedo` knows of M materials, the texels of all levels of all textures in one row.
 
-    def __init__(self, materials: tuple[Material, ...]) -> None:
-        self.base_M4 = np.array([m.base_color_linear for m in materials], np.float32).reshape(-1, 4)
-        # What alpha is compared with; NaN where it is kept as it is.
-        cutoffs = {"OPAQUE": lambda m: -np.inf, "MASK": lambda m: m.alpha_cutoff, "BLEND": lambda m: np.nan}
-        self.cutoff_M = np.array([cutoffs[m.alpha_mode](m) for m in materials], np.float32)
-        self.textured = any(m.texture is not None for m in materials)
-        plain = np.full((1, 1, 4), 255, np.uint8)
-        images = [plain if m.texture is None else m.texture for m in materials]
-        distinct = {id(image): image for image in images}
-        starts = dict(zip(distinct, np.cumsum([0, *(i.shape[0] * i.shape[1] for i in distinct.values())])))
-        self.start_M = np.array([starts[id(image)] for image in images], np.int64)
-        self.width_M = np.array([image.shape[1] for image in images], np.int64)
-        self.height_M = np.array([image.shape[0] for image in images], np.int64)
-        texels_T4 = np.concatenate([image.reshape(-1, 4) for image in distinct.values()] or [plain[0]])
-        self.texels_T = texels_T4.view(np.uint32)[:, 0]  # four bytes as one number: a faster lookup
-
-    def sample(self, material_N: np.ndarray, uv_N2: np.ndarray) -> np.ndarray:
-        """Bilinear lookup with repetition: float32 [N, 4], rgb in linear light."""
-        width_N, height_N = self.width_M.take(material_N), self.height_M.take(material_N)
-        x_pair, weight_x_pair = _texel_pair(uv_N2[:, 0], width_N)
-        y_pair, weight_y_pair = _texel_pair(uv_N2[:, 1], height_N)
-        start_N = self.start_M.take(material_N)
-        rgba_N4 = np.zeros((len(uv_N2), 4), np.float32)
-        for y_N, weight_y_N in zip(y_pair, weight_y_pair):
-            row_N = start_N + y_N * width_N
-            for x_N, weight_x_N in zip(x_pair, weight_x_pair):
-                texel_N4 = self.texels_T.take(row_N + x_N).view(np.uint8).reshape(-1, 4)
-                linear_N4 = _LINEAR_OF_BYTE.take(texel_N4)
-                linear_N4[:, 3] = texel_N4[:, 3] / np.float32(255)
-                linear_N4 *= (weight_x_N * weight_y_N)[:, None]
-                rgba_N4 += linear_N4
-        return rgba_N4
-
-
-def _texel_pair(coordinate_N: np.ndarray, size_N: np.ndarray) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """The two texels around each texture coordinate along one axis, and their float32 weights."""
-    # float64: coordinates may be large, as in 1000.25.
-    position_N = np.nan_to_num(coordinate_N.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    position_N = (position_N - np.floor(position_N)) * size_N - 0.5
-    lower_N = np.floor(position_N).astype(np.int64)
-    weight_N = (position_N - lower_N).astype(np.float32)
-    upper_N = lower_N + 1
-    lower_N[lower_N < 0] += size_N[lower_N < 0]
-    upper_N[upper_N >= size_N] = 0
-    return (lower_N, upper_N), (1 - weight_N, weight_N)
+    Returns: base_M4, cutoff_M, texels_T, levels_ML3 and top_M, as they are there.
+    """
+    base_M4 = np.array([m.base_color_linear for m in materials], np.float32).reshape(-1, 4)
+    cutoffs = {"OPAQUE": lambda m: -np.inf, "MASK": lambda m: m.alpha_cutoff, "BLEND": lambda m: np.nan}
+    cutoff_M = np.array([cutoffs[m.alpha_mode](m) for m in materials], np.float32)
+    images = {id(image): image for row in levels for image in row if image is not None}
+    starts = dict(zip(images, np.cumsum([0, *(image.shape[0] * image.shape[1] for image in images.values())])))
+    rows = [np.zeros((0, 4), np.uint8), *(np.ascontiguousarray(image).reshape(-1, 4) for image in images.values())]
+    levels_ML3 = np.zeros((len(materials), max(map(len, levels), default=1), 3), np.int64)
+    for m, row in enumerate(levels):
+        for level, image in enumerate(row):
+            if image is not None:
+                levels_ML3[m, level] = starts[id(image)], image.shape[1], image.shape[0]
+    texels_T = np.concatenate(rows).view("<u4")[:, 0].astype(np.uint32, copy=False)
+    return base_M4, cutoff_M, texels_T, levels_ML3, np.array([len(row) - 1 for row in levels], np.int64)
