@@ -16,7 +16,7 @@ __all__ = ["Bvh"]
 LEAF = 4
 HALVED_BY_PLACE = 48  # levels; below, triangles are halved by number, so that no tree is deeper than `STACK`
 STACK = 96
-FAR = 3.0  # radii of a node from which on its triangles count as one dipole
+FAR = 4.0  # radii of a node from which on its triangles count as one dipole: winding numbers to .004
 
 
 class Bvh:
@@ -55,7 +55,10 @@ class Bvh:
         return _votes(_rows(xyz_N3), _rows(direction_L3), self._triangle_F9, *self._tree)
 
     def votes_on_sides(self, xyz_N3: np.ndarray, normal_N3: np.ndarray, step: float, direction_L3: np.ndarray):
-        """The shares of `votes` for points `step` from `xyz_N3` on the side of their normals, and on the other."""
+        """The shares of `votes` about `step` from points of faces, on the side of their normals and on the other.
+
+        In half the time, but along the line, not the normal: within a few `step` of an edge it may be beyond it.
+        """
         return _side_votes(_rows(xyz_N3), _rows(normal_N3), step, _rows(direction_L3), self._triangle_F9, *self._tree)
 
     def winding_numbers(self, xyz_N3: np.ndarray) -> np.ndarray:
