@@ -1,20 +1,20 @@
 """Points on a mesh's surface and signed distances around it, for any triangles: open, overlapping, flipped or doubled.
 
 What is inside. From a point, rays go out in fixed directions, each with its opposite. A ray says "inside" if it
-leaves through more backs of faces than it enters fronts; the point is inside if more than half of the rays say so.
-For closed parts that is the winding number; overlapping parts are one solid, an opening is closed by a flat lid. A
-single sheet has no inside and is given a thickness of .02. Which side of a face is its front is not taken from the
-file: faces are seen from far away all around, and the side seen more often is the front; unseen faces follow the part
-that they belong to.
+leaves through more backs of faces than it enters fronts; the point is inside if more than half of all directions say
+so: where a few rays are undecided, the winding number gives the share to which endlessly many would tend. For closed
+parts either is the same; overlapping parts are one solid, an opening is closed by a flat lid. A single sheet has no
+inside and is given a thickness of .02. Which side of a face is its front is not taken from the file (fronts.py).
 
 What is the surface. Points on a face with inside on both sides (one part stuck into another) are left out.
 
-How exact. Distances are to triangles, and exact but for two things, both bounded by the gap between the samples that
-find the triangles (about .03 for an object that fills the frame): a face so small that no sample fell on it may be
-missed, and deep inside overlapping parts the distance may be too small. Measured in tests/test_sampling.py on closed
-solids: mean error below 2e-4 (that of the polyhedron itself), the sign right wherever the surface is 1e-3 away.
+How exact. Distances are to triangles, the nearest of all that are shown, in float64. Where one face is partly hidden,
+the distance may be to a hidden part of it: too small by at most the gap between samples (about .03 for an object that
+fills the frame). The sign is right wherever the surface of a closed solid is 1e-3 away. On 50 watertight meshes with
+2 % of their faces taken out at random it is wrong at .021 % of all samples: .021 % near the surface, .095 % of those
+along edges and rims, .002 % elsewhere, .15 % of all on the worst mesh (launch/bench/sign.py).
 
-Shapes: N points, D dense samples, F faces, K directions. Lengths are in object-frame units.
+Shapes: N points, D dense samples, F faces. Lengths are in object-frame units.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def test_the_nearest_point_is_that_of_all_triangles(turned: int) -> None:
     closest_on = trimesh.triangles.closest_point
     each_NF = np.stack([np.linalg.norm(closest_on(triangles_F33, np.tile(p, (300, 1))) - p, axis=1) for p in xyz_N3])
     assert distance_N == pytest.approx(each_NF.min(axis=1), abs=1e-9)
-    assert weight_N3.min() >= 0 and weight_N3.sum(axis=1) == pytest.approx(1)
+    assert weight_N3.min() > -1e-12 and weight_N3.sum(axis=1) == pytest.approx(1)
     there_N3 = np.einsum("nkc,nk->nc", triangles_F33[face_N], weight_N3)
     assert np.linalg.norm(there_N3 - xyz_N3, axis=1) == pytest.approx(distance_N, abs=1e-9)
 
