@@ -6,7 +6,7 @@ Importing numba takes half a second: modules of such loops are imported where th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from numba import njit
 
@@ -21,7 +21,8 @@ def compiled(function: Function) -> Function:
     Compiled code is kept beside the source, else in the user's cache or $NUMBA_CACHE_DIR; where none of them can be
     written it is compiled again in each process.
     """
+    compiler: Any = njit  # what it returns is called as the function is
     try:
-        return njit(cache=True, nogil=True)(function)
+        return compiler(cache=True, nogil=True)(function)
     except RuntimeError:  # numba finds no folder that can be written
-        return njit(nogil=True)(function)
+        return compiler(nogil=True)(function)
