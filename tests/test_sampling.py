@@ -9,7 +9,14 @@ import pytest
 import trimesh
 
 from shapeloom.data_pipes.mesh import Material, Mesh, merge
-from shapeloom.data_pipes.sampling import NEAR_SIGMAS, SHEET_HALF_THICKNESS, Solid, sample_field, sample_surface
+from shapeloom.data_pipes.sampling import (
+    EDGE_SHARE,
+    NEAR_SIGMAS,
+    SHEET_HALF_THICKNESS,
+    Solid,
+    sample_field,
+    sample_surface,
+)
 from shapeloom.launch.bench.sign import sign_errors
 
 Sdf = Callable[[np.ndarray], np.ndarray]
@@ -208,7 +215,9 @@ def test_missing_faces_hardly_change_the_sign() -> None:
         trimesh.creation.annulus(0.5, 0.7, 1.2, sections=64),
     ]
     errors = np.mean([sign_errors(shape, 400, rng(seed)) for seed, shape in enumerate(shapes)], axis=0)
-    assert (errors < 0.005).all()
+    near, edge, uniform = errors
+    assert (1 - EDGE_SHARE) / 2 * near + EDGE_SHARE / 2 * edge + uniform / 2 < 0.002  # as the data has them
+    assert edge < 0.01  # rims of holes
 
 
 def test_a_wall_that_is_seen_through_a_hole_keeps_its_front() -> None:
