@@ -16,7 +16,7 @@ __all__ = ["Bvh"]
 LEAF = 4
 HALVED_BY_PLACE = 48  # levels; below, triangles are halved by number, so that no tree is deeper than `STACK`
 STACK = 96
-FAR = 3.0  # radii of a node from which on its triangles count as one dipole
+FAR = 4.0  # radii of a node from which on its triangles count as one dipole: winding numbers to .004
 
 
 class Bvh:
@@ -55,7 +55,10 @@ class Bvh:
         return _votes(_rows(xyz_N3), _rows(direction_L3), self._triangle_F9, *self._tree)
 
     def votes_on_sides(self, xyz_N3: np.ndarray, normal_N3: np.ndarray, step: float, direction_L3: np.ndarray):
-        """The shares of `votes` for points `step` from `xyz_N3` on the side of their normals, and on the other."""
+        """The shares of `votes` about `step` from points of faces, on the side of their normals and on the other.
+
+        In half the time, but along the line, not the normal: within a few `step` of an edge it may be beyond it.
+        """
         return _side_votes(_rows(xyz_N3), _rows(normal_N3), step, _rows(direction_L3), self._triangle_F9, *self._tree)
 
     def winding_numbers(self, xyz_N3: np.ndarray) -> np.ndarray:
@@ -90,7 +93,7 @@ def _rows(array_N3: np.ndarray) -> np.ndarray:
 # In the loops all is scalars, one at a time: slices of arrays would cost more than the arithmetic.
 
 
-@compiled
+@compiled()
 def _build(lower_F3, upper_F3, centre_F3):
     n = len(centre_F3)
     order_F, scratch_F = np.arange(n), np.empty(n, np.int64)
@@ -133,7 +136,7 @@ def _build(lower_F3, upper_F3, centre_F3):
     return order_F, box_M6[:n_nodes], node_M3[:n_nodes]
 
 
-@compiled
+@compiled()
 def _squared_to_box(x, y, z, box_M6, node):
     dx = max(box_M6[node, 0] - x, x - box_M6[node, 3], 0.0)
     dy = max(box_M6[node, 1] - y, y - box_M6[node, 4], 0.0)
@@ -141,7 +144,7 @@ def _squared_to_box(x, y, z, box_M6, node):
     return dx * dx + dy * dy + dz * dz
 
 
-@compiled
+@compiled()
 def _closest(xyz_N3, triangle_F9, box_M6, node_M3):
     n = len(xyz_N3)
     place_N, weight_N3, distance_N = np.zeros(n, np.int64), np.zeros((n, 3)), np.empty(n)
@@ -179,7 +182,7 @@ def _closest(xyz_N3, triangle_F9, box_M6, node_M3):
     return place_N, weight_N3, distance_N
 
 
-@compiled
+@compiled()
 def _closest_on(x, y, z, triangle_F9, face):
     """Squared distance and the last two barycentrics of a triangle's point nearest to (x, y, z).
 
@@ -214,7 +217,7 @@ def _closest_on(x, y, z, triangle_F9, face):
     return best, v, w
 
 
-@compiled
+@compiled()
 def _votes(xyz_N3, direction_L3, triangle_F9, box_M6, node_M3):
     share_N, left_out_N = np.zeros(len(xyz_N3)), np.zeros(len(xyz_N3))
     stack = np.empty(STACK, np.int64)
@@ -234,7 +237,7 @@ def _votes(xyz_N3, direction_L3, triangle_F9, box_M6, node_M3):
     return share_N, left_out_N
 
 
-@compiled
+@compiled()
 def _side_votes(xyz_N3, normal_N3, step, direction_L3, triangle_F9, box_M6, node_M3):
     front_N, back_N = np.zeros(len(xyz_N3)), np.zeros(len(xyz_N3))
     stack = np.empty(STACK, np.int64)
@@ -256,7 +259,7 @@ def _side_votes(xyz_N3, normal_N3, step, direction_L3, triangle_F9, box_M6, node
     return front_N, back_N
 
 
-@compiled
+@compiled()
 def _crossings(x, y, z, dx, dy, dz, reach, triangle_F9, box_M6, node_M3, stack):
     """Of a line through (x, y, z) along (dx, dy, dz): how many more faces it crosses from back to front than from front
     to back, beyond `reach`, up to there, and before -`reach`. No component of the direction may be 0."""
@@ -301,7 +304,7 @@ def _crossings(x, y, z, dx, dy, dz, reach, triangle_F9, box_M6, node_M3, stack):
     return ahead, at, behind
 
 
-@compiled
+@compiled()
 def _winding(xyz_N3, triangle_F9, dipole_M7, node_M3):
     winding_N = np.zeros(len(xyz_N3))
     stack = np.empty(STACK, np.int64)
@@ -331,7 +334,7 @@ def _winding(xyz_N3, triangle_F9, dipole_M7, node_M3):
     return winding_N
 
 
-@compiled
+@compiled()
 def _solid_angle(x, y, z, triangle_F9, face):
     """Of a triangle seen from (x, y, z), positive from behind (Van Oosterom and Strackee 1983)."""
     ax, ay, az = triangle_F9[face, 0] - x, triangle_F9[face, 1] - y, triangle_F9[face, 2] - z

@@ -1,20 +1,20 @@
 """Points on a mesh's surface and signed distances around it, for any triangles: open, overlapping, flipped or doubled.
 
 What is inside. From a point, rays go out in fixed directions, each with its opposite. A ray says "inside" if it
-leaves through more backs of faces than it enters fronts; the point is inside if more than half of the rays say so.
-For closed parts that is the winding number; overlapping parts are one solid, an opening is closed by a flat lid. A
-single sheet has no inside and is given a thickness of .02. Which side of a face is its front is not taken from the
-file: faces are seen from far away all around, and the side seen more often is the front; unseen faces follow the part
-that they belong to.
+leaves through more backs of faces than it enters fronts; the point is inside if more than half of all directions say
+so: where a few rays are undecided, the winding number gives the share to which endlessly many would tend. For closed
+parts either is the same; overlapping parts are one solid, an opening is closed by a flat lid. A single sheet has no
+inside and is given a thickness of .02. Which side of a face is its front is not taken from the file (fronts.py).
 
 What is the surface. Points on a face with inside on both sides (one part stuck into another) are left out.
 
-How exact. Distances are to triangles, and exact but for two things, both bounded by the gap between the samples that
-find the triangles (about .03 for an object that fills the frame): a face so small that no sample fell on it may be
-missed, and deep inside overlapping parts the distance may be too small. Measured in tests/test_sampling.py on closed
-solids: mean error below 2e-4 (that of the polyhedron itself), the sign right wherever the surface is 1e-3 away.
+How exact. Distances are to triangles, the nearest of all that are shown, in float64. Where one face is partly hidden,
+the distance may be to a hidden part of it: too small by at most the gap between samples (about .03 for an object that
+fills the frame). The sign is right wherever the surface of a closed solid is 1e-3 away. On 50 watertight meshes with
+2 % of their faces taken out at random it is wrong at .021 % of all samples: .021 % near the surface, .095 % of those
+along edges and rims, .002 % elsewhere, .15 % of all on the worst mesh (launch/bench/sign.py).
 
-Shapes: N points, D dense samples, F faces, K directions. Lengths are in object-frame units.
+Shapes: N points, D dense samples, F faces. Lengths are in object-frame units.
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
+from .edges import points_along, sharp_edges
+from .fronts import find_fronts
 from .mesh import Mesh, linear_to_srgb
-from .render import RayScene
-from .sharp_edges import points_along, sharp_edges
 
 __all__ = ["Field", "Solid", "Surface", "sample_field", "sample_surface"]
 
@@ -37,7 +35,6 @@ DENSE_SAMPLES = 1 << 15
 MOST_SAMPLES = 1 << 17
 SIGN_RAYS = (8, 24)  # from a point in space: the second number where the first do not agree; even
 SIDE_RAYS = (4, 24)  # from either side of a surface sample, likewise
-FRONT_RAYS = 4  # per surface sample, from far away
 UNDECIDED = 0.25  # from this near to one half on, the share of rays is corrected by the winding number
 SHEET_MARGIN = 0.005  # over one half, for what is closed by a lid: right behind a sheet it is a hair less than one half
 NEAR_SIGMAS = (0.015, 0.06)  # half of the near points with each
@@ -122,7 +119,7 @@ class Solid:
         rng = np.random.Generator(np.random.Philox(0))
         n_dense = max(n_dense, min(4 * len(self.mesh.faces), MOST_SAMPLES))
         face_D, barycentric_D3 = _area_weighted(self.mesh, n_dense, rng)
-        self._front_F3 = self._find_fronts(_points_on(self.mesh, face_D, barycentric_D3), rng)
+        self._front_F3 = find_fronts(self.mesh, _points_on(self.mesh, face_D, barycentric_D3), rng)
         self._faces = Bvh(self.mesh.triangles, self._front_F3)
         dense = self._look_at(face_D, barycentric_D3)
         self.hidden_share = float(np.mean(~dense.front_N & ~dense.back_N))
@@ -160,7 +157,7 @@ class Solid:
 
     @cached_property
     def sharp_edges(self) -> np.ndarray:
-        """[E, 2, 3] float64 ends of `mesh`'s sharp edges, hidden ones included; see sharp_edges.py."""
+        """[E, 2, 3] float64 ends of `mesh`'s sharp edges, hidden ones included; see edges.py."""
         return sharp_edges(self.mesh)
 
     def shown(self, xyz_N3: np.ndarray) -> np.ndarray:
@@ -199,27 +196,13 @@ class Solid:
         """What is on either side of points on faces, and their colours."""
         xyz_N3, normal_N3 = _points_on(self.mesh, face_N, barycentric_N3), self._front_F3[face_N]
         share_2N = np.array(self._faces.votes_on_sides(xyz_N3, normal_N3, STEP_OFF, _lines(SIDE_RAYS[0])))
-        open_M = np.flatnonzero(((share_2N > 0) & (share_2N < 1)).any(axis=0))
-        share_2N[:, open_M] = self._faces.votes_on_sides(
-            xyz_N3[open_M], normal_N3[open_M], STEP_OFF, _lines(SIDE_RAYS[1])
-        )
+        # Empty in front and full behind is as it should be; what seems otherwise is looked at more closely.
+        open_M = np.flatnonzero((share_2N[0] > 0) | (share_2N[1] < 1))
+        for side, step in enumerate((STEP_OFF, -STEP_OFF)):
+            beside_M3 = xyz_N3[open_M] + step * normal_N3[open_M]
+            share_2N[side, open_M] = self._faces.votes(beside_M3, _lines(SIDE_RAYS[1]))[0]
         front_N, back_N = share_2N <= 0.5
         return _Looks(xyz_N3, front_N, back_N, self.mesh.albedo(face_N, barycentric_N3))
-
-    def _find_fronts(self, xyz_D3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """[F, 3] normals turned to the side from which each face is seen more often."""
-        scene = RayScene(self.mesh)
-        far = 4 * max(1.0, float(np.abs(xyz_D3).max()))
-        votes_F = np.zeros(len(self.mesh.faces))
-        for _ in range(FRONT_RAYS):
-            direction_D3 = _unit(rng.standard_normal(xyz_D3.shape, np.float32))
-            hits = scene.cast(xyz_D3 - far * direction_D3, direction_D3)
-            facing_M = -np.sign(_dot(self.mesh.face_normals[hits.face_M], direction_D3[hits.ray_M]))
-            votes_F += np.bincount(hits.face_M, facing_M, len(votes_F))
-        part_F = _parts(self.mesh)
-        part_votes = np.bincount(part_F, votes_F)
-        turn_F = np.where(votes_F != 0, votes_F, part_votes[part_F]) < 0
-        return np.where(turn_F[:, None], -self.mesh.face_normals, self.mesh.face_normals)
 
 
 @dataclass(frozen=True)
@@ -298,17 +281,6 @@ def _without_twins(mesh: Mesh) -> Mesh:
         None if mesh.corner_uv is None else mesh.corner_uv[kept],
         None if mesh.corner_rgba is None else mesh.corner_rgba[kept],
     )
-
-
-def _parts(mesh: Mesh) -> np.ndarray:
-    """[F] the number of the connected part that each face belongs to."""
-    a, b = mesh.faces[:, [0, 1]].ravel(), mesh.faces[:, [1, 2]].ravel()
-    graph = coo_matrix((np.ones(len(a), bool), (a, b)), shape=(len(mesh.vertices),) * 2)
-    return connected_components(graph, directed=False)[1][mesh.faces[:, 0]]
-
-
-def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.einsum("...c,...c->...", a, b)
 
 
 def _unit(vectors_N3: np.ndarray) -> np.ndarray:

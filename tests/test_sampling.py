@@ -9,7 +9,15 @@ import pytest
 import trimesh
 
 from shapeloom.data_pipes.mesh import Material, Mesh, merge
-from shapeloom.data_pipes.sampling import SHEET_HALF_THICKNESS, Solid, sample_field, sample_surface
+from shapeloom.data_pipes.sampling import (
+    EDGE_SHARE,
+    NEAR_SIGMAS,
+    SHEET_HALF_THICKNESS,
+    Solid,
+    sample_field,
+    sample_surface,
+)
+from shapeloom.launch.bench.sign import sign_errors
 
 Sdf = Callable[[np.ndarray], np.ndarray]
 
@@ -155,6 +163,70 @@ def test_the_same_seed_gives_the_same_points() -> None:
     assert first.xyz.tobytes() == second.xyz.tobytes() and first.sdf.tobytes() == second.sdf.tobytes()
     assert sample_surface(mesh, 300, rng(5)).xyz.tobytes() == sample_surface(Solid(mesh), 300, rng(5)).xyz.tobytes()
     assert sample_surface(mesh, 0, rng()).xyz.shape == (0, 3) and sample_field(mesh, 0, 0, rng()).sdf.shape == (0,)
+
+
+@pytest.mark.parametrize("edge_share", [0.0, 0.25, 0.6])
+def test_points_are_denser_along_a_cubes_edges_as_asked(edge_share: float) -> None:
+    n, radius, side = 40000, 0.01, 1.6
+    field = sample_field(grey(trimesh.creation.box((side,) * 3)), n, 0, rng(), edge_share)
+    to_edges_N3 = np.abs(np.abs(field.xyz.astype(float)) - side / 2)
+    along_N = to_edges_N3.argmax(axis=1)
+    across_N = np.linalg.norm(np.sort(to_edges_N3, axis=1)[:, :2], axis=1)
+    middle = np.abs(field.xyz[np.arange(n), along_N]) < side / 4  # away from the corners: half of all edges' length
+    near_edge = (across_N < radius) & middle
+    sigma = np.array(NEAR_SIGMAS)
+    from_edges = np.mean(1 - np.exp(-(radius**2) / (2 * sigma**2)))
+    # Two half planes at an edge give as many as one whole: per length of edge, the mean chord of the disc.
+    offset = np.linspace(-radius, radius, 2001)
+    density = np.exp(-(offset**2) / (2 * sigma[:, None] ** 2)) / (sigma[:, None] * np.sqrt(2 * np.pi))
+    chord = np.mean((2 * np.sqrt(radius**2 - offset**2) * density).sum(axis=1) * (offset[1] - offset[0]))
+    from_faces = 12 * side * chord / (6 * side**2)
+    expected = (edge_share * from_edges + (1 - edge_share) * from_faces) / 2
+    assert near_edge.mean() == pytest.approx(expected, abs=4 * np.sqrt(expected / n))
+
+
+def test_without_sharp_edges_the_share_of_them_changes_nothing() -> None:
+    sphere = Solid(grey(trimesh.creation.icosphere(3, 0.8)))
+    assert len(sphere.sharp_edges) == 0
+    fields = [sample_field(sphere, 1000, 1000, rng(), edge_share) for edge_share in (0, 0.5)]
+    assert fields[0].xyz.tobytes() == fields[1].xyz.tobytes()
+
+
+def test_sharp_edges_are_those_of_large_angles_and_rims_but_not_hidden_ones() -> None:
+    box, prism = trimesh.creation.box((1, 1, 1)), trimesh.creation.cylinder(0.5, 1, sections=16)  # 22.5 degrees a side
+    turned = box.faces.copy()
+    turned[::2] = turned[::2, ::-1]
+    mixed = Mesh.from_face_colors(box.vertices, turned, np.ones((12, 3)))
+    open_box = Mesh.from_face_colors(box.vertices, box.faces[2:], np.ones((10, 3)))
+    assert [len(Solid(mesh, 512).sharp_edges) for mesh in (grey(box), mixed, grey(prism))] == [12, 12, 32]
+    assert 12 <= len(Solid(open_box, 512).sharp_edges) <= 14
+    inner = trimesh.creation.box((0.5, 0.5, 0.5))
+    solid = Solid(merge([grey(box), grey(inner)]))
+    assert len(solid.sharp_edges) == 24
+    field = sample_field(solid, 4000, 0, rng(), 1.0)
+    assert np.abs(field.sdf).max() < 0.25 and np.abs(field.xyz).max(axis=1).min() > 0.25
+
+
+def test_missing_faces_hardly_change_the_sign() -> None:
+    shapes = [
+        trimesh.creation.icosphere(3, 0.8),
+        trimesh.creation.torus(0.6, 0.2),
+        trimesh.creation.box((1.6, 1, 0.4)).subdivide().subdivide().subdivide(),
+        trimesh.creation.annulus(0.5, 0.7, 1.2, sections=64),
+    ]
+    errors = np.mean([sign_errors(shape, 400, rng(seed)) for seed, shape in enumerate(shapes)], axis=0)
+    near, edge, uniform = errors
+    assert (1 - EDGE_SHARE) / 2 * near + EDGE_SHARE / 2 * edge + uniform / 2 < 0.002  # as the data has them
+    assert edge < 0.01  # rims of holes
+
+
+def test_a_wall_that_is_seen_through_a_hole_keeps_its_front() -> None:
+    sphere = trimesh.creation.icosphere(4, 0.8)
+    kept = rng().random(len(sphere.faces)) < 0.5
+    kept |= sphere.triangles_center[:, 2] < 0  # one half is a sieve, through which the other's back is seen
+    solid = Solid(Mesh.from_face_colors(sphere.vertices, sphere.faces[kept], np.ones((kept.sum(), 3))))
+    below = solid.mesh.triangles.mean(axis=1)[:, 2] < -0.1
+    assert (np.einsum("fc,fc->f", solid.fronts, solid.mesh.triangles.mean(axis=1))[below] > 0).all()
 
 
 def test_needles_and_faces_without_area_do_no_harm() -> None:
