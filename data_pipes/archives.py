@@ -95,7 +95,7 @@ class ZipFolder:
     def stamps(self, limits: ArchiveLimits) -> dict[str, Stamp]:
         """Stamps of all members by name. Raises: Rejected as `unpack`, as far as the headers tell."""
         with _rejecting():
-            members = _members(self)
+            _, members = _opened(self)
             _check_members(len(members), limits)
             most = min(limits.total_bytes, _FREE_BYTES + limits.ratio * self.path.stat().st_size)
             if sum(info.file_size for info in members.values()) > most:
@@ -104,7 +104,7 @@ class ZipFolder:
 
     def stamp(self, name: str) -> Stamp | None:
         with contextlib.suppress(Rejected), _rejecting():
-            info = _members(self).get(posixpath.normpath(name))
+            info = _opened(self)[1].get(posixpath.normpath(name))
             return None if info is None else self._stamp(info)
         return None
 
@@ -129,23 +129,24 @@ class ZipFolder:
 
     def fetch(self, name: str, most: int) -> bytes | None:
         with _rejecting():
-            info = _members(self).get(name)
+            archive, members = _opened(self)
+            info = members.get(name)
             if info is None:
                 return None
-            with zipfile.ZipFile(self.path) as archive, archive.open(info) as file:
+            with archive.open(info) as file:
                 return file.read(most + 1)
 
 
-@lru_cache(maxsize=4)
-def _members(folder: ZipFolder) -> dict[str, zipfile.ZipInfo]:
-    """Regular files by name. A member of a name that was there before is refused, as it would be unpacked over it."""
-    with zipfile.ZipFile(folder.path) as archive:
-        found: dict[str, zipfile.ZipInfo] = {}
-        for info in _files(archive):
-            if (name := str(_inside(info.filename))) in found:
-                raise Rejected(f"it holds two files of one name ({name[:80]!r})", "unpack it yourself")
-            found[name] = info
-        return found
+@lru_cache(maxsize=4)  # kept open: the list of its members is read at each opening
+def _opened(folder: ZipFolder) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
+    """An archive, and its regular files by name: no two of one, as one would be unpacked over the other."""
+    archive = zipfile.ZipFile(folder.path)
+    found: dict[str, zipfile.ZipInfo] = {}
+    for info in _files(archive):
+        if (name := str(_inside(info.filename))) in found:
+            raise Rejected(f"it holds two files of one name ({name[:80]!r})", "unpack it yourself")
+        found[name] = info
+    return archive, found
 
 
 def _files(archive: zipfile.ZipFile) -> Iterator[zipfile.ZipInfo]:

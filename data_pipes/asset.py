@@ -14,6 +14,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..files import canonical_json, sha256_file
+from . import render as rendering
+from . import sampling
 from .captions import AssetText, caption_from_name
 from .duplicates import signature
 from .judging import JudgeSettings, findings, measure
@@ -27,7 +29,7 @@ from .rigs import RigSettings
 from .sampling import DENSE_SAMPLES, Solid, sample_field, sample_surface
 from .shards import split_of
 
-__all__ = ["BuildSettings", "Built", "Job", "Refused", "Unchanged", "build_asset", "with_text"]
+__all__ = ["BuildSettings", "Built", "Job", "Refused", "Unchanged", "build_asset", "prepare", "with_text"]
 
 DENSE_RANGE = (4096, DENSE_SAMPLES)  # few points need no fine search for the nearest triangle
 PICTURE_SIDE = 192  # of what is kept of a file that was judged out
@@ -159,6 +161,12 @@ def build_asset(job: Job) -> Built | Refused | Unchanged:
         },
     )
     return Built(members, sha256, sidecars(), len(warnings), [float(f"{x:.6g}") for x in signature(solid.mesh)])
+
+
+def prepare() -> None:
+    """Compile what `build_asset` runs on, where no earlier process has."""
+    sampling.prepare()
+    rendering.prepare()
 
 
 def with_text(meta: dict[str, Any], file: str, text: AssetText) -> bytes:

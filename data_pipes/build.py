@@ -135,7 +135,7 @@ def build(
     store = store_at(out)
     leave_out = store.folder if isinstance(store, LocalStore) else None
     with tempfile.TemporaryDirectory(prefix="shapeloom-archives-") as scratch:
-        places = find(folder, leave_out, Path(scratch), zips_stay=True)
+        places = find(folder, leave_out, Path(scratch))
         texts = read_captions(captions, places) if captions is not None else {}
         if limit is not None and limit < len(places):
             chosen = np.random.default_rng(settings.seed).permutation(len(places))[:limit]

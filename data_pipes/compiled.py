@@ -14,9 +14,9 @@ __all__ = ["array", "compiled", "inlined"]
 def compiled(signature: Any = None) -> Callable[[Callable[..., Any]], Any]:
     """Decorates a loop for numba: one thread, plain IEEE arithmetic (no fused or reordered operations).
 
-    With a signature it is compiled on import, for that alone; else when it is called. The result is kept beside the source, in the user's cache or in
-    $NUMBA_CACHE_DIR, and in memory alone where none of them can be written. What is kept is renewed when its own file
-    changes and no other: compiled functions call only functions of their own file.
+    With a signature it is compiled on import, for that alone; else when it is called. The result is kept beside the
+    source, in the user's cache or in $NUMBA_CACHE_DIR, and in memory alone where none of them can be written. What is
+    kept is renewed when its own file changes and no other: compiled functions call only functions of their own file.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:

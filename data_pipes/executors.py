@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..progress import Bar
-from .asset import BuildSettings, Built, Job, Refused, Unchanged, build_asset, with_text
+from .asset import BuildSettings, Built, Job, Refused, Unchanged, build_asset, prepare, with_text
 from .ledger import Copy, Entry, Ledger, Make, Part, Settle, ShardTask, shard_name
 from .licences import LicenceFilter
 from .limits import Limits
@@ -125,7 +125,13 @@ def _results(tasks: Iterable[ShardTask], places: dict[str, Place], context: Cont
     guard = context.guard
     jobs = (_job(slot, places, context) for task in tasks for slot in task.slots if isinstance(slot, Make))
     return isolated_map(
-        build_asset, jobs, workers=workers, cpu_s=guard.cpu_s, wall_s=guard.wall_s, memory_bytes=guard.memory_bytes
+        build_asset,
+        jobs,
+        workers=workers,
+        cpu_s=guard.cpu_s,
+        wall_s=guard.wall_s,
+        memory_bytes=guard.memory_bytes,
+        prepare=prepare,
     )
 
 

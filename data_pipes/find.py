@@ -24,8 +24,6 @@ def find(
     leave_out: Path | None,
     scratch: Path,
     archives: ArchiveLimits | None = None,
-    *,
-    zips_stay: bool = False,
 ) -> dict[str, Place]:
     """3D files under a folder by name, sorted: relative with "/", and ARCHIVE/inner/file for what an archive holds.
 
@@ -34,16 +32,14 @@ def find(
             sftp://, …), and https:// where the server lists what it has.
         leave_out: a folder that is not looked into; neither are hidden ones, nor archives in archives.
         scratch: an empty folder, which archives are unpacked into, in a process that may die of them, and which gets
-            what is downloaded.
-        zips_stay: the members of .zip archives on this disk are read from there, not unpacked; such a place has no
-            `path`, only `local()`.
+            what is downloaded. A .zip on this disk is not unpacked: its members are read from there.
     Raises: UserError if there is no such folder, it cannot be reached, or there is nothing in it.
     """
     archives = archives or ArchiveLimits()
     where, stamps = _listed(folder, leave_out, scratch)
     places = {name: Place(where, name, stamp) for name, stamp in stamps.items() if name.lower().endswith(SUFFIXES)}
     packed = [Place(where, name, stamps[name]) for name in sorted(stamps) if name.lower().endswith(ARCHIVE_SUFFIXES)]
-    jobs = [(place, _inside(place, scratch / str(k), zips_stay), archives) for k, place in enumerate(packed)]
+    jobs = [(place, _inside(place, scratch / str(k)), archives) for k, place in enumerate(packed)]
     outcomes = isolated_map(
         _stamps, jobs, workers=1, cpu_s=UNPACK_CPU_S, wall_s=UNPACK_WALL_S, memory_bytes=UNPACK_BYTES
     )
@@ -81,10 +77,10 @@ def _listed(folder: str | Path, leave_out: Path | None, scratch: Path) -> tuple[
     return local, walk(local, leave_out)
 
 
-def _inside(archive: Place, scratch: Path, zips_stay: bool) -> LocalFolder | ZipFolder:
+def _inside(archive: Place, scratch: Path) -> LocalFolder | ZipFolder:
     """What an archive will be read from: itself, or a new folder."""
     origin = tuple(archive.stamp)
-    if zips_stay and isinstance(archive.folder, LocalFolder) and archive.name.lower().endswith(".zip"):
+    if isinstance(archive.folder, LocalFolder) and archive.name.lower().endswith(".zip"):
         return ZipFolder(archive.path, origin)
     return LocalFolder(scratch, origin)
 

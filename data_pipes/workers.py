@@ -19,7 +19,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-_START_S = 120  # what a worker may take to import
+_START_S = 300  # what a worker may take to import and to prepare itself
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ def isolated_map(
     cpu_s: int,
     wall_s: float,
     memory_bytes: int,
+    prepare: Callable[[], object] | None = None,
 ) -> Iterator[Result | Failed]:
     """Results of `function` in the order of `jobs`, each computed in one of at most `workers` spawned processes.
 
@@ -50,6 +51,7 @@ def isolated_map(
         cpu_s: processor time of one job in whole seconds, so that a busy machine fails no job that a quiet one does.
         wall_s: time of one job by the clock, against sleeping and stuck ones.
         memory_bytes: address space of a worker. This and `cpu_s` hold only where the system can limit them (POSIX).
+        prepare: called once in each process before its first job, on whose time it does not go: to compile, mostly.
     """
     window = max(16, 4 * workers)  # results waiting for their turn are held in memory
     pool: list[_Worker] = []
@@ -68,7 +70,7 @@ def isolated_map(
                     exhausted = True
                     break
                 if worker is None:
-                    pool.append(worker := _Worker(function, cpu_s, wall_s, memory_bytes))
+                    pool.append(worker := _Worker(function, cpu_s, wall_s, memory_bytes, prepare))
                 worker.give(number, job)
                 given += 1
             for worker in pool:
@@ -109,8 +111,16 @@ class _Answer(Generic[Result]):
 class _Worker:
     """One process and the job it has."""
 
-    def __init__(self, function: Callable[[Any], Any], cpu_s: int, wall_s: float, memory_bytes: int) -> None:
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        cpu_s: int,
+        wall_s: float,
+        memory_bytes: int,
+        prepare: Callable[[], object] | None,
+    ) -> None:
         self._function, self._cpu_s, self._wall_s, self._memory_bytes = function, cpu_s, wall_s, memory_bytes
+        self._prepare = prepare
         self.job: int | None = None
         self.deadline = 0.0
         self._start()
@@ -120,7 +130,7 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         self._process = context.Process(
             target=_serve,
-            args=(self._function, theirs, self._cpu_s, self._memory_bytes),
+            args=(self._function, theirs, self._cpu_s, self._memory_bytes, self._prepare),
             daemon=True,
             name="shapeloom-data",
         )
@@ -173,10 +183,18 @@ class _Worker:
         self.connection.close()
 
 
-def _serve(function: Callable[[Any], Any], connection: Connection, cpu_s: int, memory_bytes: int) -> None:
+def _serve(
+    function: Callable[[Any], Any],
+    connection: Connection,
+    cpu_s: int,
+    memory_bytes: int,
+    prepare: Callable[[], object] | None,
+) -> None:
     """The life of a worker: jobs in, results out, until the parent closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _limit("RLIMIT_AS", memory_bytes)
+    if prepare is not None:
+        prepare()
     with contextlib.suppress(EOFError, OSError):
         connection.send("ready")
         while True:

@@ -133,7 +133,7 @@ def test_a_zip_may_stay_and_its_members_be_read_one_by_one(tmp_path: Path) -> No
     write_zip(models / "bomb.zip", {"x.glb": bytes(40 << 20)})
     (models / "cut.zip").write_bytes((models / "a.zip").read_bytes()[:-9])
     (scratch := tmp_path / "scratch").mkdir()
-    places = pickle.loads(pickle.dumps(find(models, tmp_path / "raw", scratch, zips_stay=True)))
+    places = pickle.loads(pickle.dumps(find(models, tmp_path / "raw", scratch)))
     assert list(places) == ["a.zip/in/box.gltf", "bomb.zip", "cut.zip", "out.zip"] and not list(scratch.iterdir())
     for name, reason in (("bomb", "far more"), ("cut", "cannot be unpacked"), ("out", "outside itself")):
         assert reason in places[f"{name}.zip"].refused.reason
@@ -150,7 +150,7 @@ def test_a_zip_may_stay_and_its_members_be_read_one_by_one(tmp_path: Path) -> No
     before = place.stamp
     write_zip(models / "a.zip", {"in/box.gltf": header.replace(b"GLTF", b"gltf").replace(b"2.0", b"2.1")})
     (again := tmp_path / "again").mkdir()
-    assert find(models, tmp_path / "raw", again, zips_stay=True)["a.zip/in/box.gltf"].stamp != before
+    assert find(models, tmp_path / "raw", again)["a.zip/in/box.gltf"].stamp != before
 
 
 def test_a_build_takes_what_archives_hold_and_sets_bad_ones_aside(tmp_path: Path) -> None:

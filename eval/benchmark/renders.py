@@ -102,6 +102,7 @@ class RenderCache:
                 cpu_s=self.limits.cpu_s,
                 wall_s=self.limits.wall_s,
                 memory_bytes=self.limits.memory_bytes,
+                prepare=renderer.prepare,
             )
             with Bar(len(jobs), description) as bar:
                 for job, result in zip(jobs, results, strict=True):

@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ...data_pipes.asset import prepare
 from ...data_pipes.build import Guard
 from ...data_pipes.limits import Limits, Rejected
 from ...data_pipes.read import read_mesh
@@ -166,6 +167,7 @@ def _take(side: str, files: list[Path], embedder: Evaluator | None, workers: int
         cpu_s=guard.cpu_s,
         wall_s=guard.wall_s,
         memory_bytes=guard.memory_bytes,
+        prepare=prepare,
     )
     points, features, failures = [], [], []
     with Bar(len(jobs), f"reading {side}") as bar:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ...data_pipes.asset import prepare
 from ...data_pipes.build import Guard
 from ...data_pipes.limits import Rejected
 from ...data_pipes.mesh import Mesh
@@ -88,6 +89,7 @@ def compare_all(jobs: Sequence[PairJob], workers: int) -> Iterator[tuple[int, Pa
             cpu_s=guard.cpu_s,
             wall_s=guard.wall_s,
             memory_bytes=guard.memory_bytes,
+            prepare=prepare,
         )
 
     failed = {}
