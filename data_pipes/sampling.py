@@ -11,7 +11,7 @@ What is the surface. Points on a face with inside on both sides (one part stuck 
 How exact. Distances are to triangles, the nearest of all that are shown, in float64. Where one face is partly hidden,
 the distance may be to a hidden part of it: too small by at most the gap between samples (about .03 for an object that
 fills the frame). The sign is right wherever the surface of a closed solid is 1e-3 away. On 50 watertight meshes with
-2 % of their faces taken out at random it is wrong at .021 % of all samples: .021 % near the surface, .095 % of those
+2 % of their faces taken out at random it is wrong at .016 % of all samples: .015 % near the surface, .078 % of those
 along edges and rims, .002 % elsewhere, .15 % of all on the worst mesh (launch/bench/sign.py).
 
 Shapes: N points, D dense samples, F faces. Lengths are in object-frame units.

@@ -1,6 +1,6 @@
 """How often the field's sign is wrong where faces are missing: watertight meshes, 2 % of whose faces are taken out.
 
-    OMP_NUM_THREADS=1 python -m shapeloom.launch.bench.sign              # 50 meshes: 4 minutes
+    OMP_NUM_THREADS=1 python -m shapeloom.launch.bench.sign              # 50 meshes: 2 minutes
 
 Meshes: files of the pack that are watertight and wound alike once equal corners are joined (trimesh), each of whose
 bodies has a positive volume and that have 200 to 4000 faces (so that 2 % are several, and no half of the shape); drawn
@@ -10,7 +10,7 @@ Truth: the generalised winding number of the whole mesh above one half (Jacobson
 angles of all its faces by Van Oosterom and Strackee (1983) in float64. Error: the share of the samples of the mesh
 with faces missing whose sign differs. Samples are those of `sample_field`: half of all near the surface, of which
 `EDGE_SHARE` along sharp edges (the rims of the holes among them), half everywhere.
-Aim: at most .5 % in the mean over the meshes. Measured: .021 % (near .021, edge .095, uniform .002; worst mesh .15).
+Aim: at most .5 % in the mean over the meshes. Measured: .016 % (near .015, edge .078, uniform .002; worst mesh .15).
 """
 
 from __future__ import annotations
