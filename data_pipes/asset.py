@@ -26,7 +26,7 @@ from .raw_sample import encode_raw_sample
 from .read import read_mesh
 from .render import Views, composite, render
 from .rigs import RigSettings
-from .sampling import DENSE_SAMPLES, Solid, sample_field, sample_surface
+from .sampling import DENSE_SAMPLES, EDGE_SHARE, Solid, sample_field, sample_surface
 from .shards import split_of
 
 __all__ = ["BuildSettings", "Built", "Job", "Refused", "Unchanged", "build_asset", "prepare", "with_text"]
@@ -43,6 +43,7 @@ class BuildSettings(BaseModel):
     n_surface: int = Field(default=16384, ge=1, description="points on the surface")
     n_near: int = Field(default=8192, ge=0, description="signed distances near the surface")
     n_uniform: int = Field(default=8192, ge=0, description="signed distances everywhere")
+    edge_share: float = Field(default=EDGE_SHARE, ge=0, le=1, description="of those near the surface, at sharp edges")
     n_views: int = Field(default=8, ge=0, le=100, description="rendered views")
     rig: RigSettings = Field(default=RigSettings(), description="where their cameras stand")
     image_size: int = Field(default=128, ge=1, le=4096, description="width and height of a view in pixels")
@@ -143,7 +144,7 @@ def build_asset(job: Job) -> Built | Refused | Unchanged:
         transform=transform,
         split=split_of(job.uid),
         surface=sample_surface(solid, settings.n_surface, rng),
-        field=sample_field(solid, settings.n_near, settings.n_uniform, rng),
+        field=sample_field(solid, settings.n_near, settings.n_uniform, rng, settings.edge_share),
         views=views,
         cameras=cameras,
         extra={

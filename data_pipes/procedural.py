@@ -28,7 +28,8 @@ from ..files import sha256_json
 from ..progress import Bar
 from . import grammar
 from .grammar import SceneSpec
-from .render import random_rig, render
+from .render import render
+from .rigs import RigSettings
 from .scenes import draw_scene
 from .shards import (
     RAW_FORMAT,
@@ -169,7 +170,7 @@ def make_sample(settings: ProceduralSettings, index: int, planned: Planned) -> t
     surface = scene.sample_surface(settings.n_surface, rng) if settings.n_surface else None
     wants_field = settings.n_near + settings.n_uniform > 0
     field = scene.sample_field(settings.n_near, settings.n_uniform, rng) if wants_field else None
-    cameras = random_rig(rng, settings.n_views, settings.image_size) if settings.n_views else None
+    cameras = RigSettings().cameras(rng, settings.n_views, settings.image_size) if settings.n_views else None
     members = encode_raw_sample(
         uid,
         captions=captions,

@@ -12,15 +12,14 @@ Shapes: V views or vertices, H height, W width, S samples of a view, K samples t
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..models.cameras import Cameras, orbit
+from ..models.cameras import Cameras
 from .mesh import Mesh
 
-__all__ = ["Hits", "RayScene", "Views", "composite", "prepare", "random_rig", "render"]
+__all__ = ["Hits", "RayScene", "Views", "composite", "prepare", "render"]
 
 VERSION = 2  # of the pixels: it changes with anything that changes them, so that no score rests on stale renders
 
@@ -186,15 +185,3 @@ def composite(rgba: np.ndarray, background: tuple[float, float, float] = (1, 1, 
     alpha = rgba[..., 3:].astype(np.float32) / 255
     rgb = rgba[..., :3] * alpha + np.asarray(background, np.float32) * 255 * (1 - alpha)
     return np.rint(rgb).astype(np.uint8)
-
-
-def random_rig(rng: np.random.Generator, n_views: int, size: int) -> Cameras:
-    """The data's cameras: the first half (rounded up) frontal, the rest from all around.
-
-    Frontal: azimuth within 40 degrees of the object's front, elevation 5 to 35. Others: any azimuth, elevation -10 to
-    60. Distance and field of view are `orbit`'s defaults.
-    """
-    n_front = math.ceil(n_views / 2)
-    azimuths = [*rng.uniform(-40, 40, n_front), *rng.uniform(0, 360, n_views - n_front)]
-    elevations = [*rng.uniform(5, 35, n_front), *rng.uniform(-10, 60, n_views - n_front)]
-    return orbit(azimuths, elevations, size=size)

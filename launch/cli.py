@@ -136,7 +136,7 @@ def train_denoiser(
     # Overrides are read as YAML, which JSON is: so a text stays that text whatever is in it.
     given = {"init": str(init) if init else None, "freeze": freeze}
     options = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items() if value]
-    _run_stage("denoiser", data, out, preset, config, resume, [*options, *(overrides or [])])
+    _run_stage("denoiser", str(data), out, preset, config, resume, [*options, *(overrides or [])])
 
 
 @app.command(

@@ -118,7 +118,8 @@ def test_real_archives_are_folders_with_their_textures(assets_dir: Path, tmp_pat
         (scratch := tmp_path / number).mkdir()
         (file, place), *others = find(hard / number, tmp_path / "raw", scratch).items()
         assert file.startswith(f"{name}/") and file.endswith(".obj") and not others
-        mesh = read_mesh(place.path, root=place.root)
+        with place.local() as (path, root):
+            mesh = read_mesh(path, root=root, fetch=place.fetch)
         assert any(material.texture is not None for material in mesh.materials) == textured
 
 

@@ -7,7 +7,7 @@ import pytest
 import trimesh
 
 from shapeloom.data_pipes.mesh import Material, Mesh, linear_to_srgb, merge, srgb_to_linear
-from shapeloom.data_pipes.render import AMBIENT, DIFFUSE, MAX_LAYERS, Views, composite, random_rig, render
+from shapeloom.data_pipes.render import AMBIENT, DIFFUSE, MAX_LAYERS, composite, render
 from shapeloom.models.cameras import Cameras, orbit
 
 QUAD = np.array([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], np.float32)
@@ -153,18 +153,3 @@ def test_composite_blends_as_pillow_does() -> None:
     rgba = np.array([[[100, 0, 0, 255], [100, 0, 0, 0], [100, 0, 0, 51]]], np.uint8)
     assert composite(rgba).tolist() == [[[100, 0, 0], [255, 255, 255], [224, 204, 204]]]
     assert composite(rgba, (0, 0, 0))[0, 2].tolist() == [20, 0, 0]
-
-
-def test_the_rig_looks_from_the_front_first() -> None:
-    cameras = random_rig(np.random.default_rng(0), 7, 32)
-    again = random_rig(np.random.default_rng(0), 7, 32)
-    assert (cameras.camera_to_world == again.camera_to_world).all()
-    positions = cameras.camera_to_world[:, :3, 3]
-    azimuth = np.degrees(np.arctan2(positions[:, 0], positions[:, 2]))
-    assert (np.abs(azimuth[:4]) <= 40.01).all() and len(cameras) == 7
-    elevation = np.degrees(np.arcsin(positions[:, 1] / np.linalg.norm(positions, axis=1)))
-    assert (elevation > -10.1).all() and (elevation < 60.1).all() and (elevation[:4] > 4.9).all()
-    # The whole normalised object is in every view.
-    corners = trimesh.creation.box((1.8, 1.8, 1.8))
-    views: Views = render(colored(corners), cameras)
-    assert not views.albedo[:4, [0, -1], :, 3].all()
