@@ -119,18 +119,23 @@ def _filtered(
     if top == 0 or not 1 < across2 < _FAR**2:
         return _bilinear(texels_T, levels_ML3[m, 0, 0], width, height, u, v)
     longer = math.sqrt(across2)
-    shorter = max(1.0, abs(ux * vy - uy * vx) * width * height / longer)
-    probes = int(min(longer / shorter + 0.5, MOST_PROBES))
+    ratio = min(across2 / max(abs(ux * vy - uy * vx) * width * height, 1e-30), longer, float(MOST_PROBES))
+    probes = max(int(ratio + 0.5), 1)
     # The finer of the two levels nearest to the footprint: the coarser, and a mean of both, blur what is no finer than
     # pixels, as neighbours on a palette.
-    level = min(int(math.log2(max(shorter, longer / probes, 1.0))), top)
+    size, level = longer / min(ratio, probes), 0
+    while size >= 2 and level < top:
+        size *= 0.5
+        level += 1
     start, width, height = levels_ML3[m, level, 0], levels_ML3[m, level, 1], levels_ML3[m, level, 2]
     r = g = b = a = 0.0
-    for probe in range(probes):
-        offset = (probe + 0.5) / probes - 0.5
+    share = 1.0 / probes
+    offset = 0.5 * share - 0.5
+    for _ in range(probes):
         pr, pg, pb, pa = _bilinear(texels_T, start, width, height, u + offset * ux, v + offset * vx)
         r, g, b, a = r + pr, g + pg, b + pb, a + pa
-    return r / probes, g / probes, b / probes, a / probes
+        offset += share
+    return r * share, g * share, b * share, a * share
 
 
 @inlined
@@ -278,7 +283,8 @@ def add_samples(
 
 @compiled(
     types.void(
-        array(float32, 2),
+        array(float32, 2, written=True),
+        array(int32, 1),
         float64,
         float64,
         *[array(uint8, 2, written=True)] * 3,
@@ -288,6 +294,7 @@ def add_samples(
 )
 def finish_pixels(
     sums_PC: np.ndarray,
+    pixel_N: np.ndarray,
     n_samples: float,
     grey: float,
     albedo_P4: np.ndarray,
@@ -296,14 +303,17 @@ def finish_pixels(
     depth_P: np.ndarray,
     normal_P3: np.ndarray,
 ) -> None:
-    """Fill one view of `render.Views`, where anything is seen, from the sums over its samples.
+    """Fill one view of `render.Views`, where anything is seen, from the sums over its samples, which become zero.
 
     Args:
+        pixel_N: where anything may be seen, some perhaps several times.
         grey: the albedo of textureless pictures.
     """
-    for pixel in range(len(sums_PC)):
-        alpha = round(255 * sums_PC[pixel, _ALPHA] / n_samples)
+    to_alpha = 255 / n_samples
+    for pixel in pixel_N:
+        alpha = int(sums_PC[pixel, _ALPHA] * to_alpha + 0.5)
         if alpha == 0:
+            sums_PC[pixel] = 0
             continue
         scale = 1 / float(sums_PC[pixel, _ALPHA])
         grey_byte = _to_byte(sums_PC[pixel, _SHADE] * scale * grey)
@@ -316,5 +326,7 @@ def finish_pixels(
         albedo_P4[pixel, 3] = lit_P4[pixel, 3] = textureless_P4[pixel, 3] = alpha
         depth_P[pixel] = sums_PC[pixel, _DEPTH] / sums_PC[pixel, _COVERED]
         if length2 > 1e-12:
+            scale = 1 / math.sqrt(length2)
             for c in range(3):
-                normal_P3[pixel, c] = sums_PC[pixel, _NORMAL + c] / math.sqrt(length2)
+                normal_P3[pixel, c] = sums_PC[pixel, _NORMAL + c] * scale
+        sums_PC[pixel] = 0

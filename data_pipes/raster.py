@@ -62,13 +62,25 @@ def _row_ends(first: int, last: int, a: float, rest: float, half: float, s: int)
 
 @inlined
 def _grid(points_V3: np.ndarray, width: int, height: int, s: int) -> np.ndarray:
-    """[V, 2] where vertices in front of the eye fall, in samples: 0 is the middle of the first; of others, nothing."""
-    grid_V2 = np.empty((len(points_V3), 2))
+    """[V, 3] where vertices in front of the eye fall, in samples (0 is the middle of the first), and their 1 / depth;
+    of others, nothing.
+    """
+    grid_V3 = np.empty((len(points_V3), 3))
     for vertex in range(len(points_V3)):
-        scale = s / points_V3[vertex, 2]
-        grid_V2[vertex, 0] = points_V3[vertex, 0] * scale + (width * s - 1) / 2
-        grid_V2[vertex, 1] = points_V3[vertex, 1] * scale + (height * s - 1) / 2
-    return grid_V2
+        inverse = 1 / points_V3[vertex, 2]
+        grid_V3[vertex, 0] = points_V3[vertex, 0] * inverse * s + (width * s - 1) / 2
+        grid_V3[vertex, 1] = points_V3[vertex, 1] * inverse * s + (height * s - 1) / 2
+        grid_V3[vertex, 2] = inverse
+    return grid_V3
+
+
+@inlined
+def _middles(n: int, s: int) -> np.ndarray:
+    """[n * s] coordinates of the samples along an axis of n pixels, in pixels from the picture's middle."""
+    middle_C = np.empty(n * s)
+    for i in range(n * s):
+        middle_C[i] = (i + 0.5) / s - n / 2
+    return middle_C
 
 
 @inlined
@@ -78,62 +90,76 @@ def _fill(
     """[S] the face that each sample sees first of those with 1 / depth below its limit, or -1; and the columns and rows
     (from, up to) outside which there is none.
     """
-    columns, rows, step = width * s, height * s, 1.0 / s
-    grid_V2 = _grid(points_V3, width, height, s)
+    columns, rows = width * s, height * s
+    grid_V3 = _grid(points_V3, width, height, s)
+    x_C, y_R = _middles(width, s), _middles(height, s)
     face_S = np.full(rows * columns, -1, np.int32)
     nearest_S = np.zeros(rows * columns, np.float32)  # 1 / depth
     i_from, i_to, j_from, j_to = columns, 0, rows, 0
-    for face in range(len(faces_F3)):
-        v0, v1, v2 = faces_F3[face, 0], faces_F3[face, 1], faces_F3[face, 2]
-        w0, w1, w2 = points_V3[v0, 2], points_V3[v1, 2], points_V3[v2, 2]
-        lowest, highest = min(w0, w1, w2), max(w0, w1, w2)
-        if highest <= 0:
-            continue
-        left, right, top, bottom = 0.0, columns - 1.0, 0.0, rows - 1.0
-        least, most = 0.0, np.inf
-        if lowest > 0:
-            x0, x1, x2 = grid_V2[v0, 0], grid_V2[v1, 0], grid_V2[v2, 0]
-            y0, y1, y2 = grid_V2[v0, 1], grid_V2[v1, 1], grid_V2[v2, 1]
-            # 1e-6: more than rounding, so that the edges alone decide.
-            left, right = max(left, min(x0, x1, x2) - 1e-6), min(right, max(x0, x1, x2) + 1e-6)
-            top, bottom = max(top, min(y0, y1, y2) - 1e-6), min(bottom, max(y0, y1, y2) + 1e-6)
-            least, most = 1 / highest, 1 / lowest
-        i0, i1, j0, j1 = math.ceil(left), math.floor(right), math.ceil(top), math.floor(bottom)
-        if i0 > i1 or j0 > j1:
-            continue
-        p, q, r = _corner(points_V3, v0), _corner(points_V3, v1), _corner(points_V3, v2)
-        a0, b0, c0 = _edge(q, r)
-        a1, b1, c1 = _edge(r, p)
-        a2, b2, c2 = _edge(p, q)
-        det = p[0] * a0 + p[1] * b0 + p[2] * c0
-        if det == 0:
-            continue
-        if det < 0:
-            a0, b0, c0, a1, b1, c1, a2, b2, c2, det = -a0, -b0, -c0, -a1, -b1, -c1, -a2, -b2, -c2, -det
-        owns0, owns1, owns2 = _owns(a0, b0), _owns(a1, b1), _owns(a2, b2)
-        a, b, c = (a0 + a1 + a2) / det, (b0 + b1 + b2) / det, (c0 + c1 + c2) / det
-        i_from, i_to, j_from, j_to = min(i_from, i0), max(i_to, i1 + 1), min(j_from, j0), max(j_to, j1 + 1)
-        for j in range(j0, j1 + 1):
-            y = (j + 0.5) * step - height / 2
-            rest0, rest1, rest2, rest = b0 * y + c0, b1 * y + c1, b2 * y + c2, b * y + c
-            first, last = i0, i1
-            if last - first >= _WIDE:
-                first, last = _row_ends(first, last, a0, rest0, width / 2, s)
-                first, last = _row_ends(first, last, a1, rest1, width / 2, s)
-                first, last = _row_ends(first, last, a2, rest2, width / 2, s)
-            for i in range(first, last + 1):
-                x = (i + 0.5) * step - width / 2
-                e0, e1, e2 = a0 * x + rest0, a1 * x + rest1, a2 * x + rest2
-                if min(e0, e1, e2) <= 0:
-                    if e0 < 0 or e1 < 0 or e2 < 0:
+    # By the file's winding the fronts come first: they hide most of the backs, which then cost little. It need not be
+    # right.
+    for turned in (False, True):
+        for face in range(len(faces_F3)):
+            v0, v1, v2 = faces_F3[face, 0], faces_F3[face, 1], faces_F3[face, 2]
+            p, q, r = _corner(points_V3, v0), _corner(points_V3, v1), _corner(points_V3, v2)
+            a0, b0, c0 = _edge(q, r)
+            det = p[0] * a0 + p[1] * b0 + p[2] * c0
+            if det == 0 or (det > 0) != turned:
+                continue
+            lowest, highest = min(p[2], q[2], r[2]), max(p[2], q[2], r[2])
+            if highest <= 0:
+                continue
+            left, right, top, bottom = 0.0, columns - 1.0, 0.0, rows - 1.0
+            least, most = 0.0, np.inf
+            if lowest > 0:
+                x0, x1, x2 = grid_V3[v0, 0], grid_V3[v1, 0], grid_V3[v2, 0]
+                y0, y1, y2 = grid_V3[v0, 1], grid_V3[v1, 1], grid_V3[v2, 1]
+                # 1e-6: more than rounding, so that the edges alone decide.
+                left, right = max(left, min(x0, x1, x2) - 1e-6), min(right, max(x0, x1, x2) + 1e-6)
+                top, bottom = max(top, min(y0, y1, y2) - 1e-6), min(bottom, max(y0, y1, y2) + 1e-6)
+                inverse0, inverse1, inverse2 = grid_V3[v0, 2], grid_V3[v1, 2], grid_V3[v2, 2]
+                least, most = min(inverse0, inverse1, inverse2), max(inverse0, inverse1, inverse2)
+            i0, i1, j0, j1 = math.ceil(left), math.floor(right), math.ceil(top), math.floor(bottom)
+            if i0 > i1 or j0 > j1:
+                continue
+            a1, b1, c1 = _edge(r, p)
+            a2, b2, c2 = _edge(p, q)
+            if det < 0:
+                a0, b0, c0, a1, b1, c1, a2, b2, c2, det = -a0, -b0, -c0, -a1, -b1, -c1, -a2, -b2, -c2, -det
+            owns0, owns1, owns2 = _owns(a0, b0), _owns(a1, b1), _owns(a2, b2)
+            scale = 1 / det
+            a, b, c = (a0 + a1 + a2) * scale, (b0 + b1 + b2) * scale, (c0 + c1 + c2) * scale
+            i_from, i_to, j_from, j_to = min(i_from, i0), max(i_to, i1 + 1), min(j_from, j0), max(j_to, j1 + 1)
+            for j in range(j0, j1 + 1):
+                y = y_R[j]
+                rest0, rest1, rest2, rest = b0 * y + c0, b1 * y + c1, b2 * y + c2, b * y + c
+                first, last = i0, i1
+                if last - first >= _WIDE:
+                    first, last = _row_ends(first, last, a0, rest0, width / 2, s)
+                    first, last = _row_ends(first, last, a1, rest1, width / 2, s)
+                    first, last = _row_ends(first, last, a2, rest2, width / 2, s)
+                entered = False
+                for i in range(first, last + 1):
+                    if (
+                        nearest_S[j * columns + i] >= most
+                    ):  # most of the faces that are hidden are so behind nearer ones
                         continue
-                    if (e0 == 0 and not owns0) or (e1 == 0 and not owns1) or (e2 == 0 and not owns2):
-                        continue
-                inverse = np.float32(min(max(a * x + rest, least), most))
-                sample = j * columns + i
-                if inverse > nearest_S[sample] and inverse < limit_S[sample]:
-                    nearest_S[sample] = inverse
-                    face_S[sample] = face
+                    x = x_C[i]
+                    e0, e1, e2 = a0 * x + rest0, a1 * x + rest1, a2 * x + rest2
+                    if min(e0, e1, e2) <= 0:
+                        if e0 < 0 or e1 < 0 or e2 < 0:
+                            if entered:
+                                break
+                            continue
+                        entered = True
+                        if (e0 == 0 and not owns0) or (e1 == 0 and not owns1) or (e2 == 0 and not owns2):
+                            continue
+                    entered = True
+                    inverse = np.float32(min(max(a * x + rest, least), most))
+                    sample = j * columns + i
+                    if inverse > nearest_S[sample] and inverse < limit_S[sample]:
+                        nearest_S[sample] = inverse
+                        face_S[sample] = face
     return face_S, (i_from, i_to, j_from, j_to)
 
 
@@ -168,6 +194,7 @@ def visible(
     """
     face_S, (i_from, i_to, j_from, j_to) = _fill(points_V3, faces_F3, width, height, s, limit_S)
     columns, step = width * s, 1.0 / s
+    x_C, y_R = _middles(width, s), _middles(height, s)
     n_hits = 0
     for j in range(j_from, j_to):
         for i in range(i_from, i_to):
@@ -176,6 +203,9 @@ def visible(
     pixel_N, face_N, share_N = np.empty(n_hits, np.int32), np.empty(n_hits, np.int32), np.empty(n_hits, np.int32)
     barycentric_N3, sides_N22 = np.zeros((n_hits, 3), np.float32), np.empty((n_hits, 2, 2), np.float32)
     hit = n_spots = 0
+    looked_at = -1  # the face whose corners p, q, r and edges are at hand
+    p = q = r = (0.0, 0.0, 0.0)
+    a0 = b0 = c0 = a1 = b1 = c1 = a2 = b2 = c2 = 0.0
     for row in range(j_from // s, (j_to + s - 1) // s):
         for column in range(i_from // s, (i_to + s - 1) // s):
             first_spot = n_spots
@@ -188,13 +218,15 @@ def visible(
                     spot = n_spots - 1
                     while spot >= first_spot and (apart or face_N[spot] != face):
                         spot -= 1
-                    x, y = (i + 0.5) * step - width / 2, (j + 0.5) * step - height / 2
-                    p = _corner(points_V3, faces_F3[face, 0])
-                    q = _corner(points_V3, faces_F3[face, 1])
-                    r = _corner(points_V3, faces_F3[face, 2])
-                    a0, b0, c0 = _edge(q, r)
-                    a1, b1, c1 = _edge(r, p)
-                    a2, b2, c2 = _edge(p, q)
+                    x, y = x_C[i], y_R[j]
+                    if face != looked_at:
+                        looked_at = face
+                        p = _corner(points_V3, faces_F3[face, 0])
+                        q = _corner(points_V3, faces_F3[face, 1])
+                        r = _corner(points_V3, faces_F3[face, 2])
+                        a0, b0, c0 = _edge(q, r)
+                        a1, b1, c1 = _edge(r, p)
+                        a2, b2, c2 = _edge(p, q)
                     e0, e1, e2 = a0 * x + (b0 * y + c0), a1 * x + (b1 * y + c1), a2 * x + (b2 * y + c2)
                     scale = 1 / (e0 + e1 + e2)
                     w0, w1, w2 = e0 * scale, e1 * scale, e2 * scale

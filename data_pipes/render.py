@@ -119,16 +119,20 @@ def render(mesh: Mesh, cameras: Cameras, *, samples_per_axis: int = 2) -> Views:
     faces_F3 = np.where(mesh.face_areas[:, None] > 0, mesh.faces, mesh.faces[:, :1])
     cut_out = any(material.alpha_mode == "MASK" for material in mesh.materials)
     shading_3 = np.array([AMBIENT, DIFFUSE, WRAP])
+    # Of one view, and left as they are here at its end: fresh ones each time would take as long as they take to fill.
     limit_S = np.full(height * width * s**2, np.inf, np.float32)  # 1 / depth of the last surface that was passed
+    passing_S = np.ones(height * width * s**2, np.float32)  # the part of the light that is still to be met
+    sums_PC = np.zeros((height * width, colour.N_SUMS), np.float32)
     for view, (camera_to_world, focal) in enumerate(zip(cameras.camera_to_world.astype(np.float64), cameras.focal)):
         rotation_33, eye_3 = camera_to_world[:3, :3], camera_to_world[:3, 3].copy()
         points_V3 = _seen_from(mesh.vertices, eye_3, rotation_33 * [focal, -focal, -1])
-        sums_PC = np.zeros((height * width, colour.N_SUMS), np.float32)
-        passing_S = np.ones(height * width * s**2, np.float32)  # the part of the light that is still to be met
+        met_K = reached_N = None  # all samples that meet anything, and their pixels
         for _ in range(1 if mesh.opaque else MAX_LAYERS):
             sample_K, spot_K, depth_K, pixel_N, face_N, barycentric_N3, sides_N22 = raster.visible(
                 points_V3, faces_F3, width, height, s, limit_S, cut_out
             )
+            if met_K is None or reached_N is None:
+                met_K, reached_N = sample_K, pixel_N
             rgba_N4 = mesh.albedo_linear(face_N, barycentric_N3, sides_N22)
             colour.add_samples(
                 *(sums_PC, passing_S, sample_K, spot_K, depth_K, pixel_N, face_N, rgba_N4),
@@ -143,8 +147,9 @@ def render(mesh: Mesh, cameras: Cameras, *, samples_per_axis: int = 2) -> Views:
                 break
         if not mesh.opaque:
             limit_S[:] = np.inf
+        passing_S[met_K] = 1
         colour.finish_pixels(
-            *(sums_PC, s**2, TEXTURELESS_ALBEDO),
+            *(sums_PC, reached_N, s**2, TEXTURELESS_ALBEDO),
             *(albedo[view], lit[view], textureless[view], depth[view], normal[view]),
         )
     return Views(
