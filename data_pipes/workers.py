@@ -73,19 +73,18 @@ def isolated_map(
                     pool.append(worker := _Worker(function, cpu_s, wall_s, memory_bytes, prepare))
                 worker.give(number, job)
                 given += 1
-            for worker in pool:
+            busy = [worker for worker in pool if worker.job is not None]
+            if not busy:  # and no more to give
+                return
+            left = min(worker.deadline for worker in busy) - time.monotonic()
+            wait([worker.connection for worker in busy], timeout=max(0.0, min(left, 1.0)))
+            for worker in busy:
                 if worker.job is not None and (result := worker.poll()) is not None:
                     results[worker.job] = result.value
                     worker.job = None
             while yielded in results:
                 yield results.pop(yielded)
                 yielded += 1
-            if exhausted and yielded == given:
-                return
-            busy = [worker for worker in pool if worker.job is not None]
-            if busy and yielded not in results:
-                left = min(worker.deadline for worker in busy) - time.monotonic()
-                wait([worker.connection for worker in busy], timeout=max(0.0, min(left, 1.0)))
     finally:
         for worker in pool:
             worker.stop()
