@@ -7,20 +7,23 @@ import hashlib
 import io
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..files import canonical_json, sha256_file
+from ..models.cameras import Cameras
+from . import blender, sampling
 from . import render as rendering
-from . import sampling
+from .blender import BlenderSettings
 from .captions import AssetText, caption_from_name
 from .duplicates import signature
 from .judging import JudgeSettings, findings, measure
 from .licences import LicenceFilter
 from .limits import Limits, Rejected, Sidecars
+from .mesh import Mesh
 from .places import Place
 from .raw_sample import encode_raw_sample
 from .read import read_mesh
@@ -47,7 +50,11 @@ class BuildSettings(BaseModel):
     n_views: int = Field(default=8, ge=0, le=100, description="rendered views")
     rig: RigSettings = Field(default=RigSettings(), description="where their cameras stand")
     image_size: int = Field(default=128, ge=1, le=4096, description="width and height of a view in pixels")
-    samples_per_axis: int = Field(default=2, ge=1, le=16, description="rays per pixel along each axis")
+    samples_per_axis: int = Field(default=2, ge=1, le=16, description="samples per pixel along each axis")
+    renderer: Literal["raster", "blender"] = Field(
+        default="raster", description="blender: Cycles, slowly (paths traced)"
+    )
+    blender: BlenderSettings = Field(default=BlenderSettings(threads=1), description="how Blender renders")
     lit: bool = Field(default=True, description="store shaded views beside the unlit ones")
     seed: int = Field(default=0, ge=0, description="of points and cameras")
     shard_size: int = Field(default=64, ge=1, description="files per shard, rejected ones included")
@@ -128,7 +135,7 @@ def build_asset(job: Job) -> Built | Refused | Unchanged:
     views = cameras = None
     if settings.n_views:
         cameras = settings.rig.cameras(rng, settings.n_views, settings.image_size)
-        views = render(mesh, cameras, samples_per_axis=settings.samples_per_axis)
+        views = _views(mesh, cameras, settings)
         views = views if settings.lit else replace(views, lit=views.lit[:0])
     measures = measure(mesh, solid, transform, None if views is None else views.albedo[..., 3], settings.judge)
     found = findings(measures, settings.judge, warnings)
@@ -162,6 +169,12 @@ def build_asset(job: Job) -> Built | Refused | Unchanged:
         },
     )
     return Built(members, sha256, sidecars(), len(warnings), [float(f"{x:.6g}") for x in signature(solid.mesh)])
+
+
+def _views(mesh: Mesh, cameras: Cameras, settings: BuildSettings) -> Views:
+    if settings.renderer == "blender":
+        return blender.render(mesh, cameras, settings.blender)
+    return render(mesh, cameras, samples_per_axis=settings.samples_per_axis)
 
 
 def prepare() -> None:

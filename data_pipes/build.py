@@ -33,6 +33,7 @@ import numpy as np
 from ..errors import UserError
 from ..progress import Bar
 from .asset import BuildSettings
+from .blender import find_blender
 from .caption_twins import words_of
 from .captions import AssetText, caption_from_name, read_captions
 from .duplicates import SIGNATURE_SIZE, find_duplicates
@@ -127,7 +128,10 @@ def build(
     Raises: UserError for a missing or empty folder, a wrong captions file, an output folder that holds something
         else, or when not one file could be used.
     """
-    settings, guard, licences = settings or BuildSettings(), guard or Guard(), licences or LicenceFilter()
+    settings, licences = settings or BuildSettings(), licences or LicenceFilter()
+    guard = guard or Guard.of(settings)
+    if settings.renderer == "blender":
+        find_blender()
     if (workers is not None and workers < 1) or (limit is not None and limit < 1):
         raise UserError("workers and limit must be at least 1")
     if executor == "local" and workers is None:

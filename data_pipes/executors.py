@@ -36,6 +36,14 @@ class Guard:
     memory_bytes: int = 4 << 30
     limits: Limits = Limits()
 
+    @classmethod
+    def of(cls, settings: BuildSettings) -> Guard:
+        """Enough for any single object; path tracing takes its own time."""
+        if settings.renderer == "raster":
+            return cls()
+        seconds = settings.blender.time_limit_s
+        return cls(cpu_s=cls.cpu_s + int(seconds), wall_s=cls.wall_s + seconds, memory_bytes=4 * cls.memory_bytes)
+
 
 @dataclass(frozen=True)
 class Context:

@@ -16,6 +16,8 @@ from pydantic import ValidationError
 from shapeloom.data_pipes import blender as blender_module
 from shapeloom.data_pipes.blender import SCRIPT, Blender, BlenderSettings, find_blender
 from shapeloom.data_pipes.blender_exr import read_exr
+from shapeloom.data_pipes.build import BuildSettings, build
+from shapeloom.data_pipes.loader import RawDataset
 from shapeloom.data_pipes.mesh import Material, Mesh, linear_to_srgb, merge, srgb_to_linear
 from shapeloom.data_pipes.read import read_mesh
 from shapeloom.data_pipes.render import AMBIENT, DIFFUSE, LIGHT_IN_CAMERA, TEXTURELESS_ALBEDO, Views, render
@@ -306,3 +308,27 @@ def test_a_damaged_exr_is_refused(tmp_path: Path) -> None:
         (tmp_path / "a.exr").write_bytes(data)
         with pytest.raises(ValueError, match="damaged|only OpenEXR"):
             read_exr(tmp_path / "a.exr")
+
+
+def a_box(tmp_path: Path) -> Path:
+    (tmp_path / "models").mkdir()
+    trimesh.creation.box().export(tmp_path / "models" / "box.ply")
+    return tmp_path / "models"
+
+
+def test_data_build_renders_by_blender_if_asked(blender: Blender, tmp_path: Path) -> None:
+    settings = {"n_surface": 64, "n_near": 16, "n_uniform": 16, "n_views": 1, "image_size": 32, "samples_per_axis": 4}
+    folder = a_box(tmp_path)
+    for renderer in ("raster", "blender"):
+        made = BuildSettings(**settings, renderer=renderer, blender=BlenderSettings(samples=4, threads=1))
+        build(folder, tmp_path / renderer, settings=made)
+    ours, theirs = (RawDataset(tmp_path / renderer, parts=("albedo", "lit"))[0] for renderer in ("raster", "blender"))
+    assert np.abs(ours.albedo.astype(int) - theirs.albedo)[..., 3].mean() < 4  # the same silhouette
+    assert (ours.lit != theirs.lit).any()
+
+
+def test_data_build_without_blender_says_so_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHAPELOOM_BLENDER", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no program"):
+        build(a_box(tmp_path), tmp_path / "raw", settings=BuildSettings(renderer="blender"))
+    assert not (tmp_path / "raw").exists()
