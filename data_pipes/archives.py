@@ -76,7 +76,9 @@ def _rejecting() -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Rejected("there is no room to unpack it", "set TMPDIR to a folder on a larger disk") from None
+            raise Rejected(
+                "there is no room to unpack it", "set TMPDIR to a folder on a larger disk", kind="unavailable"
+            ) from None
         raise Rejected(f"it cannot be unpacked ({error.strerror or _line(error)})", _AGAIN) from None
     except Exception as error:  # each compression has its own exceptions, and none promises to raise no others
         raise Rejected(f"it cannot be unpacked ({_line(error)})", _AGAIN) from None

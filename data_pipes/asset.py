@@ -125,6 +125,7 @@ def build_asset(job: Job) -> Built | Refused | Unchanged:
                     return Unchanged(sidecars())
             warnings: list[str] = []
             mesh = read_mesh(path, job.limits, root=root, warnings=warnings, sidecars=hashes, fetch=job.place.fetch)
+            named = sidecars()  # now: what is changed while the rest is done must be noticed the next time
     except Rejected as rejected:
         return Refused(rejected, sidecars())
 
@@ -142,7 +143,7 @@ def build_asset(job: Job) -> Built | Refused | Unchanged:
     for kind in settings.judge.reject:
         if kind in found:
             reason = Rejected(found[kind], f"mend it, or take '{kind}' out of judge.reject")
-            return Refused(reason, sidecars(), None if views is None else _picture(views))
+            return Refused(reason, named, None if views is None else _picture(views))
     warnings += [sentence for sentence in found.values() if sentence not in warnings]
     members = encode_raw_sample(
         job.uid,
@@ -168,7 +169,7 @@ def build_asset(job: Job) -> Built | Refused | Unchanged:
             "warnings": warnings,
         },
     )
-    return Built(members, sha256, sidecars(), len(warnings), [float(f"{x:.6g}") for x in signature(solid.mesh)])
+    return Built(members, sha256, named, len(warnings), [float(f"{x:.6g}") for x in signature(solid.mesh)])
 
 
 def _views(mesh: Mesh, cameras: Cameras, settings: BuildSettings) -> Views:

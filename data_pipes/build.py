@@ -2,8 +2,7 @@
 
 Every file is read, sampled and rendered in a worker process; one that cannot be is quarantined in `rejected.jsonl`
 and the rest goes on. Run again, only what is new or changed is built. The bytes of a sample depend on the file, what
-is said of it and `BuildSettings` alone; those of the shards also on the files' order and on which were there before,
-never on the workers nor on where a run was interrupted.
+is said of it and `BuildSettings` alone, never on the workers; which shard it is in also on what was there before.
 
 The output folder holds, beside the shards and their manifest (shards.py):
 
@@ -20,6 +19,9 @@ import array
 import contextlib
 import csv
 import json
+import os
+import re
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -31,6 +33,7 @@ from typing import Any, Literal, TextIO
 import numpy as np
 
 from ..errors import UserError
+from ..files import sha256_json
 from ..progress import Bar
 from .asset import BuildSettings
 from .blender import find_blender
@@ -42,6 +45,8 @@ from .find import Place, find
 from .hashes import Hashes
 from .ledger import Copy, Entry, Ledger, Settle, ShardTask, plan
 from .licences import LicenceFilter
+from .places import LocalFolder
+from .remote_files import is_url, without_secrets
 from .shards import RAW_FORMAT, ShardInfo, begin_folder, split_of, stored_manifest, write_manifest
 from .store import LocalStore, Store, store_at
 from .survey import general_form
@@ -121,7 +126,7 @@ def build(
         captions: a captions file, CSV or JSONL (see captions.py); without one, or for files that it leaves out,
             captions are made of file names.
         workers: processes, one thread each; on Ray, files at a time, by default as many as there are processors.
-        limit: only so many files, chosen at random by `settings.seed`.
+        limit: only so many files, those that were built before among them, others chosen at random by `settings.seed`.
         licences: files that it refuses are rejected, unread; all are taken by default.
         executor: this machine's processes, or a Ray cluster's.
         retry: files that were rejected before are tried again, changed or not.
@@ -136,22 +141,25 @@ def build(
         raise UserError("workers and limit must be at least 1")
     if executor == "local" and workers is None:
         workers = 1
+    if executor == "ray":  # other machines have another working directory
+        folder, out = (path if is_url(path) else Path(path).resolve() for path in (folder, out))
     store = store_at(out)
-    leave_out = store.folder if isinstance(store, LocalStore) else None
+    leave_out = store.folder if isinstance(store, LocalStore) else str(out)
     with tempfile.TemporaryDirectory(prefix="shapeloom-archives-") as scratch:
         places = find(folder, leave_out, Path(scratch))
+        if executor == "ray":
+            _refuse_unpacked(places, Path(scratch))
         texts = read_captions(captions, places) if captions is not None else {}
         if limit is not None and limit < len(places):
-            chosen = np.random.default_rng(settings.seed).permutation(len(places))[:limit]
-            files = list(places)
-            places = {files[i]: places[files[i]] for i in sorted(chosen)}
+            places = _limited(places, limit, settings.seed, Ledger(store))
         licences.check_given(text.licence for text in texts.values())
         context = Context(store, settings, guard, licences)
-        report, first = _build(places, texts, context, workers, executor, retry)
+        with _alone(store):
+            report, first = _build(places, texts, context, workers, executor, retry)
     if not report.samples:
         raise UserError(
-            f"none of the {report.files} files in {folder} could be used, the first, {first['file']}, because "
-            f"{first['reason']}; {store.where('rejected.jsonl')} lists them all"
+            f"none of the {report.files} files in {without_secrets(str(folder))} could be used, the first, "
+            f"{first.get('file')}, because {first.get('reason')}; {store.where('rejected.jsonl')} lists them all"
         )
     return report
 
@@ -180,6 +188,54 @@ def _build(
         _make(_without_duplicates(ledger), places, context, workers, executor, "leaving out duplicates")
     seconds = time.monotonic() - started
     return _summary(ledger, identity, len(planned.kept), sum(len(t.slots) for t in planned.tasks), seconds, workers)
+
+
+def _refuse_unpacked(places: dict[str, Place], scratch: Path) -> None:
+    """Raises UserError for a file that only this machine has."""
+    for name, place in places.items():
+        if isinstance(place.folder, LocalFolder) and place.folder.path.is_relative_to(scratch):
+            raise UserError(
+                f"{name} is in an archive that is unpacked on this machine alone, where --executor ray cannot read it: "
+                f"unpack it yourself, or use --executor local"
+            )
+
+
+@contextlib.contextmanager
+def _alone(store: Store) -> Iterator[None]:
+    """Against a second build into the same folder, as far as this machine and its file system can tell."""
+    if not isinstance(store, LocalStore) or sys.platform == "win32" or store.folder.is_file():
+        yield
+        return
+    import fcntl
+
+    store.folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(store.folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"another build is writing to {store.where()}: wait for it, or end it") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _limited(places: dict[str, Place], limit: int, seed: int, ledger: Ledger) -> dict[str, Place]:
+    """The files that were built before, and others up to the limit: the same ones whatever else there is."""
+    built = Hashes()
+    for part in ledger.finished():
+        for entry in part.entries:
+            built.add(entry.file)
+    files = list(places)
+    is_built = built.holds(files)
+    room = max(0, limit - int(is_built.sum()))
+    others = [file for file, there in zip(files, is_built) if not there]
+    others.sort(key=lambda file: sha256_json([seed, file]))
+    chosen = {*others[:room], *(file for file, there in zip(files, is_built) if there)}
+    return {file: place for file, place in places.items() if file in chosen}
 
 
 def _identity(context: Context) -> dict[str, Any]:
@@ -294,11 +350,13 @@ def _summary(
     store, tally = ledger.store, _Tally()
     shards: list[ShardInfo] = []
     pictures: set[str] = set()
+    finished: set[int] = set()
     columns = ["uid", "file", "source", "licence", "author", "sha256"]
     with _text_file(store, "rejected.jsonl") as rejected, _text_file(store, "attribution.csv") as attribution:
         table = csv.writer(attribution, lineterminator="\n")
         table.writerow(columns)
         for part in ledger.finished():
+            finished.add(part.number)
             if part.shard.samples:
                 shards.append(part.shard)
             for entry in part.entries:
@@ -309,6 +367,7 @@ def _summary(
                 else:
                     rejected.write(json.dumps(_rejection(entry), ensure_ascii=False) + "\n")
                     pictures.add(entry.picture or "")
+    _remove_orphans(ledger, finished)
     for name in store.sizes("rejected"):
         if f"rejected/{name}" not in pictures:
             store.delete(f"rejected/{name}")
@@ -336,6 +395,14 @@ def _summary(
         store, format=RAW_FORMAT, settings=identity, shards=shards, counts=counts, extra=extra, complete=complete
     )
     return report, tally.first
+
+
+def _remove_orphans(ledger: Ledger, finished: set[int]) -> None:
+    """Shards that a killed run began and no later one needed: readers of all tars in the folder would find them."""
+    names = [re.match(r"shard-(\d{5,})\.", name) for name in ledger.store.sizes()]
+    for number in {int(match[1]) for match in names if match} | set(ledger.numbers()):
+        if number not in finished:
+            ledger.remove(number)
 
 
 @contextlib.contextmanager

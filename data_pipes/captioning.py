@@ -73,7 +73,7 @@ class Captioned:
         lines += [f"no caption of {name}: {reason}" for name, reason in self.failed[:5]]
         if len(self.failed) > 5:
             lines.append(f"and of {len(self.failed) - 5} more")
-        lines.append(f"next: shapeloom data build FOLDER --captions {self.out} --out OTHER")
+        lines.append(f"next: shapeloom data build FOLDER --captions {self.out} --out RAW (renders nothing again)")
         return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from .asset import BuildSettings, Built, Job, Refused, Unchanged, build_asset, p
 from .ledger import Copy, Entry, Ledger, Make, Part, Settle, ShardTask, shard_name
 from .licences import LicenceFilter
 from .limits import Limits
-from .places import Place
+from .places import UNKNOWN, Place
 from .raw_sample import decode_json
 from .shards import FinishedShard, ShardInfo, ShardWriter, index_name, split_of
 from .store import Store
@@ -123,10 +123,28 @@ def _connected() -> Any:
 
 
 def _make_alone(task: ShardTask, places: dict[str, Place], context: Context) -> None:
-    """Runs on a machine of the cluster."""
+    """Runs on a machine of the cluster, again if that machine was lost: then the shard may be there already."""
+    if _is_made(task, places, context.store):
+        return
     results = _results([task], places, context, 1)
     with Bar(len(task.slots), quiet=True) as bar:
         _make_shard(task, places, context, results, bar)
+
+
+def _is_made(task: ShardTask, places: dict[str, Place], store: Store) -> bool:
+    """Whether a shard is what its task asks for."""
+    part = Ledger(store).finished_part(task.number)
+    if part is None or len(part.entries) != len(task.slots):
+        return False
+    for entry, slot in zip(part.entries, task.slots):
+        asked = slot.entry.text if isinstance(slot, Settle) else slot.text
+        if (entry.file, entry.text) != (slot.file, asked):
+            return False
+        if isinstance(slot, Make) and entry.stamp != places[slot.file].stamp:
+            return False
+        if isinstance(slot, Settle) and entry != slot.entry:
+            return False
+    return True
 
 
 def _results(tasks: Iterable[ShardTask], places: dict[str, Place], context: Context, workers: int) -> Iterator[_Result]:
@@ -201,6 +219,12 @@ def _outcome(
         assert slot.before is not None
         as_it_was = replace(slot.before, stamp=place.stamp, sidecars=result.sidecars)
         return _copied(as_it_was, slot.text, context.licences, before)
+    if isinstance(result, Refused) and result.rejected.kind == "unavailable":
+        # It may be had another time: what is there of it stays, and the next run tries again.
+        unknown = list(UNKNOWN)
+        if slot.before is not None:
+            return _copied(replace(slot.before, stamp=unknown), slot.text, context.licences, before)
+        entry = replace(entry, stamp=unknown)
     if isinstance(result, Refused):
         picture = None
         if result.picture is not None:
@@ -213,12 +237,12 @@ def _outcome(
 
 def _copied(entry: Entry, text: Any, licences: LicenceFilter, before: _Before) -> tuple[Entry, dict[str, bytes] | None]:
     """A sample as it was, with the words that it has now."""
+    if text != entry.text and (refusal := licences.refusal(text.licence)):
+        plain = Entry(entry.file, entry.uid, entry.stamp, text)
+        return replace(plain, sidecars=entry.sidecars, reason=refusal.reason, hint=refusal.hint), None
     members = before.read(entry.uid)
     if text == entry.text:
         return entry, members
-    if refusal := licences.refusal(text.licence):
-        plain = Entry(entry.file, entry.uid, entry.stamp, text)
-        return replace(plain, sidecars=entry.sidecars, reason=refusal.reason, hint=refusal.hint), None
     meta = decode_json(members["json"], f"{entry.uid}.json")
     return replace(entry, text=text), {**members, "json": with_text(meta, entry.file, text)}
 
@@ -239,6 +263,10 @@ class _Before:
 
     def read(self, uid: str) -> dict[str, bytes]:
         if self._shard is None:
-            tar = self._held.enter_context(self._store.local(self._name))
-            self._shard = FinishedShard(tar, self._store.read(index_name(self._name)))
+            try:
+                tar = self._held.enter_context(self._store.local(self._name))
+                self._shard = FinishedShard(tar, self._store.read(index_name(self._name)))
+            except FileNotFoundError:
+                where = self._store.where(self._name)
+                raise UserError(f"{where} went while it was read: run the same command again, it goes on") from None
         return self._shard.read(uid)

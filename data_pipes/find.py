@@ -21,7 +21,7 @@ UNPACK_CPU_S, UNPACK_WALL_S, UNPACK_BYTES = 3600, 36000.0, 2 << 30  # for one ar
 
 def find(
     folder: str | Path,
-    leave_out: Path | None,
+    leave_out: str | Path | None,
     scratch: Path,
     archives: ArchiveLimits | None = None,
 ) -> dict[str, Place]:
@@ -30,15 +30,20 @@ def find(
     Args:
         folder: a path, or the URL of a folder, an archive or a 3D file: whatever fsspec reads (s3://, gs://,
             sftp://, …), and https:// where the server lists what it has.
-        leave_out: a folder that is not looked into; neither are hidden ones, nor archives in archives.
+        leave_out: a folder, or its URL, that is not looked into; neither are hidden ones, nor archives in archives.
         scratch: an empty folder, which archives are unpacked into, in a process that may die of them, and which gets
             what is downloaded. A .zip on this disk is not unpacked: its members are read from there.
     Raises: UserError if there is no such folder, it cannot be reached, or there is nothing in it.
     """
     archives = archives or ArchiveLimits()
     where, stamps = _listed(folder, leave_out, scratch)
+    nameless = [name for name in stamps if not _is_text(name)]
     places = {name: Place(where, name, stamp) for name, stamp in stamps.items() if name.lower().endswith(SUFFIXES)}
-    packed = [Place(where, name, stamps[name]) for name in sorted(stamps) if name.lower().endswith(ARCHIVE_SUFFIXES)]
+    packed = [
+        Place(where, name, stamps[name])
+        for name in sorted(stamps)
+        if name.lower().endswith(ARCHIVE_SUFFIXES) and name not in nameless
+    ]
     jobs = [(place, _inside(place, scratch / str(k)), archives) for k, place in enumerate(packed)]
     outcomes = isolated_map(
         _stamps, jobs, workers=1, cpu_s=UNPACK_CPU_S, wall_s=UNPACK_WALL_S, memory_bytes=UNPACK_BYTES
@@ -52,13 +57,24 @@ def find(
             else:
                 places[place.name] = Place(where, place.name, place.stamp, outcome)
             bar.update(1)
+    for name in nameless:
+        places.pop(name, None)
+        readable = name.encode(errors="backslashreplace").decode()
+        places[readable] = Place(where, readable, refused=Rejected("its name is not UTF-8 text", "rename it"))
     if not places:
         shown = without_secrets(str(folder)) if is_url(folder) else folder
         raise UserError(f"the folder {shown} has no 3D files: put {', '.join(SUFFIXES)} files into it")
     return dict(sorted(places.items()))
 
 
-def _listed(folder: str | Path, leave_out: Path | None, scratch: Path) -> tuple[Folder, dict[str, Stamp]]:
+def _is_text(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _listed(folder: str | Path, leave_out: str | Path | None, scratch: Path) -> tuple[Folder, dict[str, Stamp]]:
     """The folder, and stamps of all its files."""
     if isinstance(folder, str) and folder.startswith("file://"):
         path = Path(unquote(urlsplit(folder).path))
@@ -67,13 +83,17 @@ def _listed(folder: str | Path, leave_out: Path | None, scratch: Path) -> tuple[
             return parent, {path.name: parent.stamp_of(path) or []}
         folder = path
     if isinstance(folder, str) and is_url(folder):
-        return found_at(folder, scratch)
+        where, stamps = found_at(folder, scratch)
+        inner = f"{leave_out or ''}/".removeprefix(f"{folder.rstrip('/')}/")
+        return where, {name: stamp for name, stamp in stamps.items() if not name.startswith(inner)}
     folder = Path(folder)
     if not folder.exists():
         raise UserError(f"the folder {folder} does not exist")
     if not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder of 3D files: give the folder that it is in")
     local = LocalFolder(folder)
+    if isinstance(leave_out, str):
+        leave_out = Path(unquote(urlsplit(leave_out).path)) if leave_out.startswith("file://") else None
     return local, walk(local, leave_out)
 
 
@@ -97,5 +117,5 @@ def _stamps(job: tuple[Place, LocalFolder | ZipFolder, ArchiveLimits]) -> dict[s
             found = walk(inside)
     except Rejected as rejected:
         return rejected
-    found = {name: stamp for name, stamp in found.items() if name.lower().endswith(SUFFIXES)}
+    found = {name: stamp for name, stamp in found.items() if name.lower().endswith(SUFFIXES) and _is_text(name)}
     return found or Rejected("it holds no 3D files", "leave it out")

@@ -68,10 +68,15 @@ class Index:
     def read(cls, path: Path, kept: dict[str, Any]) -> Index:
         """Map the columns. Raises OSError, KeyError, TypeError or ValueError if the file is not what `kept` says."""
         with open(path, "rb") as file:
-            uid, split, layout, first, place = (_mapped(file) for _ in range(5))
+            uid, split, layout, first, place = (_mapped(file, kind) for kind in _KINDS)
             if not kept["bytes"] == file.tell() == path.stat().st_size:
                 raise ValueError(f"{path} is not of this folder")
         layouts = tuple(tuple(names) for names in kept["layouts"])
+        n = len(uid)
+        if not len(split) == len(layout) == len(first) == n or place.ndim != 2 or place.shape[1] != 2:
+            raise ValueError(f"the columns of {path} do not fit together")
+        if n and (split.max() >= len(kept["splits"]) or layout.max() >= len(layouts)):
+            raise ValueError(f"{path} is not of this folder")
         return cls(uid, split, layout, first, place, tuple(kept["splits"]), layouts)
 
     def __len__(self) -> int:
@@ -93,6 +98,7 @@ class Index:
 
 
 _COLUMNS = ("uid", "split", "layout", "first", "place")
+_KINDS = ("S", "|u1", "<u2", "<i8", "<i8")
 
 
 def join(parts: Callable[[], Iterable[Index]], path: Path) -> dict[str, Any]:
@@ -148,7 +154,7 @@ def _renumbered(numbers: np.ndarray, names: Sequence[Any], among: dict[Any, int]
     return np.array([among[name] for name in names], numbers.dtype)[numbers]
 
 
-def _mapped(file: BinaryIO) -> np.ndarray:
+def _mapped(file: BinaryIO, kind: str) -> np.ndarray:
     """The array that begins here, mapped; `file` is then at its end."""
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not a column")
@@ -156,6 +162,9 @@ def _mapped(file: BinaryIO) -> np.ndarray:
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     except (SyntaxError, tokenize.TokenError) as error:  # not always NumPy's own ValueError
         raise ValueError("not a column") from error
+    # An array of objects would be read as their addresses.
+    if dtype.str.rstrip("0123456789") != "|S" if kind == "S" else dtype.str != kind:
+        raise ValueError("not a column of its kind")
     start = file.tell()
     array = np.memmap(file, dtype, "r", start, shape) if np.prod(shape) else np.zeros(shape, dtype)
     file.seek(start + array.nbytes)

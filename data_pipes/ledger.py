@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..files import parse_json
 from .captions import AssetText
 from .hashes import Hashes
-from .places import UNKNOWN, Place
+from .places import Place, is_known
 from .shards import ShardInfo, index_name
 from .store import Store
 
@@ -108,12 +108,14 @@ class Ledger:
     def finished(self) -> Iterator[Part]:
         """The parts whose shards are there, one at a time."""
         sizes = self.store.sizes()
-        for number in self.numbers():
-            part = self.read(number)
-            if part is None or index_name(part.shard.name) not in sizes:
-                continue
-            if sizes.get(part.shard.name) == part.shard.bytes:
-                yield part
+        return (part for number in self.numbers() if (part := self.finished_part(number, sizes)) is not None)
+
+    def finished_part(self, number: int, sizes: Mapping[str, int] | None = None) -> Part | None:
+        """A part whose shard is there, among files of these sizes."""
+        part, sizes = self.read(number), self.store.sizes() if sizes is None else sizes
+        if part is None or index_name(part.shard.name) not in sizes:
+            return None
+        return part if sizes.get(part.shard.name) == part.shard.bytes else None
 
     def write(self, part: Part) -> None:
         self.store.write(_part_name(part.number), part.to_json())
@@ -148,12 +150,20 @@ class Copy:
     entry: Entry
     text: AssetText
 
+    @property
+    def file(self) -> str:
+        return self.entry.file
+
 
 @dataclass(frozen=True)
 class Settle:
     """A file that stays, or is now, left out."""
 
     entry: Entry
+
+    @property
+    def file(self) -> str:
+        return self.entry.file
 
 
 @dataclass(frozen=True)
@@ -197,13 +207,19 @@ def plan(
     tasks: dict[int, list[Make | Copy | Settle]] = {}
     sizes: dict[int, int] = {}  # files of the shards that need nothing
     new, uids, sound, copies = dict.fromkeys(places), Hashes(), Hashes(), []
+    # Archives that cannot be opened now: what came from them stays.
+    shut = tuple(f"{name}/" for name, place in places.items() if place.refused is not None)
     for part in ledger.finished():
         slots: list[Make | Copy | Settle] = []
         for entry in part.entries:
-            if entry.file not in new:  # gone
+            text = texts.get(entry.file, AssetText())
+            if entry.file in new:
+                del new[entry.file]
+                slot = _slot(entry, places[entry.file], text, retry)
+            elif entry.file.startswith(shut):
+                slot = Copy(entry, text) if entry.sample else Settle(entry)
+            else:  # gone
                 continue
-            del new[entry.file]
-            slot = _slot(entry, places[entry.file], texts.get(entry.file, AssetText()), retry)
             slots.append(slot)
             uids.add(entry.uid)
             if isinstance(slot, Copy):
@@ -231,7 +247,10 @@ def plan(
             tasks[last] = there + fresh[:room]
             sizes.pop(last, None)
             fresh = fresh[room:]
-    free = (number for number in itertools.count() if number not in sizes and number not in tasks)
+    # Damaged shards are written again; new ones come last, so that what was there first stays first.
+    sound_ones = {*sizes, *tasks, *emptied}
+    damaged = [number for number in ledger.numbers() if number not in sound_ones]
+    free = itertools.chain(damaged, itertools.count(1 + max((*sound_ones, *damaged), default=-1)))
     for start in range(0, len(fresh), shard_size):
         tasks[next(free)] = list(fresh[start : start + shard_size])
     emptied = [number for number in emptied if number not in tasks]
@@ -252,8 +271,14 @@ def _without_original(slot: Make | Copy | Settle, sound: Hashes) -> Make | Copy 
 
 
 def _slot(entry: Entry, place: Place, text: AssetText, retry: bool) -> Make | Copy | Settle:
-    same = entry.stamp == place.stamp != UNKNOWN and (place.refused is None or place.refused.reason == entry.reason)
-    same = same and all(place.sidecar_stamp(name) == stamp for name, (_, stamp) in entry.sidecars.items())
+    if place.refused is not None and not entry.sample:
+        same = entry.reason == place.refused.reason
+        return Settle(entry) if same and not retry else Make(entry.file, entry.uid, text)
+    same = (
+        entry.stamp == place.stamp
+        and is_known(place.stamp)
+        and all(place.sidecar_stamp(name) == stamp for name, (_, stamp) in entry.sidecars.items())
+    )
     if entry.sample:
         return Copy(entry, text) if same else Make(entry.file, entry.uid, text, before=entry)
     if same and entry.text == text and not retry:

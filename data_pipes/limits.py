@@ -27,7 +27,8 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TGA", "GIF", "TIFF")
 class Rejected(UserError):
     """A 3D file that is left out, with one sentence saying why and one saying what would help.
 
-    kind: "empty" (no surface), "not finite" (coordinates that are no numbers) or "unreadable" (all else).
+    kind: "empty" (no surface), "not finite" (coordinates that are no numbers), "unavailable" (it cannot be had now, and
+        may be had another time) or "unreadable" (all else).
     """
 
     def __init__(

@@ -146,7 +146,7 @@ class RawDataset:
     stays exact, ranks agree, and what a lost shard leaves open is shared by all the others.
 
     Args:
-        folder: of raw shards, a path or a URL (remote.py), or an opened one.
+        folder: of raw shards, a path or a URL (remote_shards.py), or an opened one.
         split: one, several, or None for all.
         parts: of `PARTS`; only these are decoded.
         cache_bytes: decoded arrays are kept until they take this much; further ones are decoded each time.

@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote
 
+from ..errors import UserError
 from .limits import Fetch, Limits, Rejected
 
-__all__ = ["UNKNOWN", "Folder", "LocalFolder", "Place", "Stamp", "is_hidden", "walk"]
+__all__ = ["UNKNOWN", "Folder", "LocalFolder", "Place", "Stamp", "is_hidden", "is_known", "walk"]
 
 Stamp = list[int | str | None]
 UNKNOWN: Stamp = [None, None]  # size and change of a file that only reading it would tell of
+
+
+def is_known(stamp: Stamp) -> bool:
+    """Whether it would be another after a change that keeps the size."""
+    return stamp[1] is not None
 
 
 class Folder(Protocol):
@@ -133,7 +139,12 @@ def walk(folder: LocalFolder, leave_out: Path | None = None) -> dict[str, Stamp]
     """Stamps of all files below a folder by name; hidden ones and what `leave_out` holds are passed over."""
     leave_out = None if leave_out is None else leave_out.resolve()
     found: dict[str, Stamp] = {}
-    for place, folders, names in os.walk(folder.path):
+
+    def stop(error: OSError) -> None:
+        # What cannot be looked into is not taken for empty: its files would be taken for gone.
+        raise UserError(f"{error.filename} cannot be listed ({error.strerror}): make it readable, or leave it out")
+
+    for place, folders, names in os.walk(folder.path, onerror=stop):
         folders[:] = [
             name for name in folders if not name.startswith(".") and (Path(place) / name).resolve() != leave_out
         ]

@@ -92,7 +92,7 @@ class RemoteFolder:
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     hint = "set TMPDIR to a folder on a larger disk"
-                    raise Rejected("there is no room to download it", hint) from None
+                    raise Rejected("there is no room to download it", hint, kind="unavailable") from None
                 raise Rejected(f"it cannot be downloaded ({error.strerror or error})") from None
             yield path, Path(folder)
 
@@ -172,7 +172,9 @@ class _Fsspec:
         return _stamp(entry) if entry["type"] == "file" else None
 
     def files(self) -> dict[str, Stamp]:
-        return self._stamps(self.fs.find(self.root, detail=True).values())
+        # What cannot be listed is not taken for empty: its files would be taken for gone.
+        loud = {"on_error": "raise"} if type(self.fs).find is fsspec.AbstractFileSystem.find else {}
+        return self._stamps(self.fs.find(self.root, detail=True, **loud).values())
 
     def listing(self, folder: str) -> dict[str, Stamp]:
         return self._stamps(entry for entry in self.fs.ls(self._path(folder), detail=True) if entry["type"] == "file")
@@ -240,7 +242,9 @@ class _Http:
         """Names of files and of folders in a folder."""
         page = self._base + (quote(folder) + "/" if folder else "")
         with self._get(page + self._query) as answer:
-            data = b"".join(_pieces(answer, _LISTING_BYTES))
+            data = b"".join(_pieces(answer, _LISTING_BYTES + 1))
+        if len(data) > _LISTING_BYTES:
+            raise UserError(f"{page} is a list of more than {_LISTING_BYTES >> 20} MB: give folders with fewer files")
         links = _Links()
         links.feed(data.decode("utf-8", "replace"))
         files: set[str] = set()
@@ -312,7 +316,7 @@ def _retried(action: Callable[[], Result], what: str) -> Result:
                 raise
             if wait_s is None or not _may_pass(error):
                 reason, hint = told(error, "")
-                raise Rejected(f"{what} {reason}", hint) from error
+                raise Rejected(f"{what} {reason}", hint, kind="unavailable") from error
             time.sleep(wait_s)
     raise AssertionError("the last try returns or raises")
 

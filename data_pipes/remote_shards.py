@@ -34,6 +34,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import ASIDE
 from .index import INDEX
+from .remote_files import without_secrets
 from .sample_bytes import ByteSource, Damaged, retried
 from .shard_folder import ShardFolder
 from .shards import MANIFEST, RAW_FORMAT, index_path
@@ -71,11 +72,12 @@ class RemoteShards(ShardFolder):
 
     def __init__(self, url: str, format: str = RAW_FORMAT, damaged: Damaged = "fatal") -> None:
         self._open = _opener(url)
-        self._url, self._fetched = url, Path(tempfile.mkdtemp(prefix="shapeloom-index-"))
+        self._shown = url if url.startswith(_PIPE) else without_secrets(url)
+        self._fetched = Path(tempfile.mkdtemp(prefix="shapeloom-index-"))
         weakref.finalize(self, shutil.rmtree, self._fetched, ignore_errors=True)
         self._fetch(MANIFEST)
         super().__init__(self._fetched, format, damaged)
-        self.folder = url
+        self.folder = self._shown
 
     def open(self, name: str, offset: int = 0, size: int | None = None) -> ByteSource:
         """As `ShardFolder.open`; with a `size`, all of it is there when this returns, or UserError says why not."""
@@ -94,7 +96,7 @@ class RemoteShards(ShardFolder):
         except (FileNotFoundError, UserError):
             raise
         except Exception as error:  # every network library has its own
-            raise UserError(f"{self._url}/{name} cannot be read from byte {offset} on ({_words(error)})") from None
+            raise UserError(f"{self._shown}/{name} cannot be read from byte {offset} on ({_words(error)})") from None
 
     def _fetch(self, name: str) -> None:
         """A small file into the temporary folder. Raises UserError if it cannot be had."""
@@ -108,9 +110,9 @@ class RemoteShards(ShardFolder):
         try:
             retried(fetch, self.retry_after_s)
         except FileNotFoundError:
-            raise UserError(f"{self._url} has no {name}: is it a folder of shards, and all of it copied?") from None
+            raise UserError(f"{self._shown} has no {name}: is it a folder of shards, and all of it copied?") from None
         except Exception as error:  # every network library has its own
-            raise UserError(f"{name} cannot be read from {self._url} ({_words(error)})") from None
+            raise UserError(f"{name} cannot be read from {self._shown} ({_words(error)})") from None
 
     def _fault(self, shard: dict[str, Any]) -> str:
         _checked(str(shard["name"]))

@@ -6,7 +6,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -37,13 +37,22 @@ def crc32(parts: Iterable[bytes | memoryview]) -> int:
     return value
 
 
-def read_crc32(index: Callable[[], Path], uids: Iterable[str]) -> np.ndarray:
-    """The samples' CRC-32, uint32, from their shard's index.json; empty where that has none or cannot be read."""
+def read_crc32(index: Path, shard: dict[str, Any], uids: Iterable[str]) -> np.ndarray:
+    """The samples' CRC-32, uint32, from their shard's index.json; empty where that has none, as before there were any.
+
+    Args:
+        shard: its entry in the manifest.
+    Raises: UserError if the index cannot be read, or is of another shard than the manifest's.
+    """
+    contents = read_json(index, "the shard index")
     try:
-        values = read_json(index(), "the shard index")["crc32"]
-        return np.array([values[uid] for uid in uids], np.uint32)
-    except (UserError, KeyError, TypeError, ValueError, OverflowError):
-        return np.zeros(0, np.uint32)
+        belongs, values = contents["sha256"] == shard["sha256"], contents.get("crc32", {})
+        found = np.array([values[uid] for uid in uids] if belongs and values else [], np.uint32)
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise UserError(f"{index} is damaged ({error!r}): build its shard again, or copy it again") from None
+    if not belongs:
+        raise UserError(f"{index} is of another shard than the manifest's: if it was built again, open the folder anew")
+    return found
 
 
 def cut_members(

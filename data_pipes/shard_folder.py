@@ -145,7 +145,7 @@ class ShardFolder:
         shard, start = self.manifest["shards"][number], self._starts[number]
         if number not in self._crc32:
             uids = map(self.uid, range(start, start + shard["samples"]))
-            self._crc32[number] = read_crc32(lambda: self._index_file(shard["name"]), uids)
+            self._crc32[number] = read_crc32(self._index_file(shard["name"]), shard, uids)
         of_shard = self._crc32[number]
         return int(of_shard[index - start]) if len(of_shard) else None
 

@@ -189,7 +189,7 @@ class FinishedShard:
     """
 
     def __init__(self, tar: Path, index: bytes) -> None:
-        self._tar, self._index = tar, json.loads(index)
+        self._tar, self._index = tar, parse_json(index, f"the index of {tar.name}")
 
     def read(self, uid: str) -> dict[str, bytes]:
         """Members of a sample as they were written. Raises UserError if they are not what was written."""
@@ -296,6 +296,8 @@ def _first_difference(old: Any, new: dict[str, Any]) -> str:
     old = old if isinstance(old, dict) else {}
     if old.get("maker") != new.get("maker"):
         return "by another command"
+    if old.get("recipe") != new.get("recipe"):
+        return "by an older version, which made other bytes"
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             if key.endswith("_hash"):

@@ -62,6 +62,10 @@ def store_at(out: str | Path | Store) -> Store:
     """The store that a path or a URL names. Raises UserError for a URL that cannot be used, or a path to a file."""
     if not isinstance(out, (str, Path)):
         return out
+    if isinstance(out, str) and out.startswith(("pipe:", "http://", "https://")):
+        raise UserError(
+            f"shards cannot be written to {without_secrets(out)}: give a folder, or a URL as s3://bucket/raw"
+        )
     if is_url(out):
         store = RemoteStore(str(out))
         _ = store.filesystem  # a wrong one is told now
@@ -139,7 +143,9 @@ class RemoteStore:
         return {"url": self.url}  # a connection does not travel
 
     def where(self, name: str = "") -> str:
-        return f"{self.url.rstrip('/')}/{name}" if name else self.url
+        """Without what may be secret in it."""
+        url = without_secrets(self.url)
+        return f"{url.rstrip('/')}/{name}" if name else url
 
     def is_new(self) -> bool:
         return all(ASIDE in entry["name"] for entry in self._listed(""))
@@ -190,7 +196,7 @@ class RemoteStore:
             raise
         except Exception as error:  # each protocol has its own
             reason, hint = told(error, self.url.partition("://")[0])
-            raise UserError(f"{without_secrets(self.where(name))} {reason}: {hint}") from error
+            raise UserError(f"{self.where(name)} {reason}: {hint}") from error
 
     def _listed(self, folder: str) -> list[dict[str, Any]]:
         self.filesystem.invalidate_cache()
@@ -218,4 +224,3 @@ class RemoteStore:
             with contextlib.suppress(Exception):
                 self.filesystem.rm_file(aside)
             raise
-

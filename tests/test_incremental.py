@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +13,12 @@ import pytest
 import trimesh
 
 from shapeloom.data_pipes import executors
+from shapeloom.data_pipes import find as find_module
 from shapeloom.data_pipes.build import BuildSettings, build
 from shapeloom.data_pipes.judging import JudgeSettings
-from shapeloom.data_pipes.ledger import Ledger
+from shapeloom.data_pipes.ledger import Ledger, Make, ShardTask
 from shapeloom.data_pipes.licences import LicenceFilter
+from shapeloom.data_pipes.limits import Rejected
 from shapeloom.data_pipes.shard_folder import ShardFolder
 from shapeloom.data_pipes.store import LocalStore
 from shapeloom.data_pipes.verify import verify
@@ -255,3 +259,100 @@ def test_what_the_judge_rejects_is_kept_as_a_picture(folder: Path, tmp_path: Pat
     (folder / "pair.ply").unlink()
     build(folder, tmp_path / "raw", settings=strict)
     assert not picture.exists()
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(
+    folder: Path, tmp_path: Path, made: list[str], monkeypatch
+) -> None:
+    (folder / "sub").mkdir()
+    write_box(folder / "sub" / "box.ply", 3.5)
+    build(folder, tmp_path / "raw", settings=SMALL)
+    before = samples(tmp_path / "raw")
+    real = os.scandir
+
+    def broken(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", broken)
+    with pytest.raises(UserError, match="sub cannot be listed"):
+        build(folder, tmp_path / "raw", settings=SMALL)
+    monkeypatch.setattr(os, "scandir", real)
+    assert samples(tmp_path / "raw") == before
+
+
+def test_an_archive_that_cannot_be_unpacked_now_keeps_its_samples(
+    folder: Path, tmp_path: Path, made: list[str], monkeypatch
+) -> None:
+    write_box(tmp_path / "packed.ply", 12)
+    with tarfile.open(folder / "a.tar", "w") as archive:
+        archive.add(tmp_path / "packed.ply", "packed.ply")
+    build(folder, tmp_path / "raw", settings=SMALL)
+    before = samples(tmp_path / "raw")
+    assert "a_tar__packed" in before
+    no_room = Rejected("there is no room to unpack it", "set TMPDIR", kind="unavailable")
+    monkeypatch.setattr(find_module, "isolated_map", lambda function, jobs, **_: [no_room for _ in jobs])
+    report = build(folder, tmp_path / "raw", settings=SMALL)
+    assert report.rejected == 1 and samples(tmp_path / "raw") == before
+    monkeypatch.undo()
+    assert build(folder, tmp_path / "raw", settings=SMALL).rejected == 0 and samples(tmp_path / "raw") == before
+
+
+def test_a_limit_keeps_what_was_built_and_picks_the_same_whatever_is_added(
+    folder: Path, tmp_path: Path, made: list[str]
+) -> None:
+    build(folder, tmp_path / "three", settings=SMALL, limit=3)
+    chosen = set(made)
+    assert len(chosen) == 3
+    for i in range(20):
+        write_box(folder / f"more{i}.ply", 20 + i)
+    made.clear()
+    assert build(folder, tmp_path / "three", settings=SMALL, limit=3).samples == 3 and made == []
+    build(folder, tmp_path / "three", settings=SMALL, limit=6)
+    assert len(made) == 3 and not chosen & set(made)
+    assert build(folder, tmp_path / "three", settings=SMALL, limit=1).samples == 6  # nothing is lost by a trial
+
+
+def test_a_name_that_is_no_text_is_rejected_and_the_rest_goes_on(folder: Path, tmp_path: Path, made: list[str]) -> None:
+    os.rename(folder / "box0.ply", os.fsencode(folder) + b"/caf\xe9.ply")
+    assert build(folder, tmp_path / "raw", settings=SMALL).samples == 4
+    (line,) = (tmp_path / "raw" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["file"] == r"caf\udce9.ply" and "UTF-8" in json.loads(line)["reason"]
+    made.clear()
+    assert build(folder, tmp_path / "raw", settings=SMALL).made == 0
+
+
+def test_two_builds_do_not_write_into_one_folder(folder: Path, tmp_path: Path, made: list[str]) -> None:
+    build(folder, tmp_path / "raw", settings=SMALL)
+    handle = os.open(tmp_path / "raw", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another build is writing"):
+        build(folder, tmp_path / "raw", settings=SMALL)
+    os.close(handle)
+    build(folder, tmp_path / "raw", settings=SMALL)
+
+
+def test_what_a_killed_build_left_and_no_later_one_needed_is_removed(
+    folder: Path, tmp_path: Path, made: list[str]
+) -> None:
+    out = tmp_path / "raw"
+    build(folder, out, settings=SMALL)
+    (out / "shard-00002.index.json").unlink()  # as if it was killed before it came to that
+    (folder / "box4.ply").unlink()
+    build(folder, out, settings=SMALL)
+    assert sorted(path.name for path in out.glob("*.tar")) == ["shard-00000.tar", "shard-00001.tar"]
+    assert len(list((out / "parts").iterdir())) == 2 and verify(out).faults == ()
+
+
+def test_a_task_that_is_done_again_finds_its_shard(folder: Path, tmp_path: Path, made: list[str]) -> None:
+    build(folder, tmp_path / "raw", settings=SMALL)
+    made.clear()
+    store = LocalStore(tmp_path / "raw")
+    context = executors.Context(store, SMALL, executors.Guard(), LicenceFilter())
+    places = find_module.find(folder, None, tmp_path)
+    slots = [Make(e.file, e.uid, e.text) for part in Ledger(store).finished() for e in part.entries if part.number == 1]
+    executors._make_alone(ShardTask(1, slots), places, context)
+    assert made == []
+    executors._make_alone(ShardTask(1, slots[:1]), places, context)
+    assert made == [slots[0].file]

@@ -295,3 +295,11 @@ def test_splits_by_uid_have_the_stated_shares() -> None:
     shares = [splits.count(name) / len(splits) for name in ("train", "val", "test")]
     np.testing.assert_allclose(shares, [0.9, 0.05, 0.05], atol=0.02)
     assert split_of("asset-1") == split_of("asset-1")
+
+
+def test_an_index_of_objects_is_not_read_as_addresses(folder: Path) -> None:
+    path = folder / "index.bin"
+    data = path.read_bytes()
+    assert data.count(b"'<i8'") == 2
+    path.write_bytes(data.replace(b"'<i8'", b"'|O' "))
+    assert ShardFolder(folder).uids == ["b", "a", "c-1", "d_2", "e"]  # by the shards' own
