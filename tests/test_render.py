@@ -153,3 +153,9 @@ def test_composite_blends_as_pillow_does() -> None:
     rgba = np.array([[[100, 0, 0, 255], [100, 0, 0, 0], [100, 0, 0, 51]]], np.uint8)
     assert composite(rgba).tolist() == [[[100, 0, 0], [255, 255, 255], [224, 204, 204]]]
     assert composite(rgba, (0, 0, 0))[0, 2].tolist() == [20, 0, 0]
+
+
+def test_white_is_laid_under_every_value_and_alpha_as_any_colour_is() -> None:
+    rgba = np.stack(np.meshgrid(*[np.arange(256, dtype=np.uint8)] * 2, indexing="ij"), axis=-1)[..., [0, 0, 0, 1]]
+    nearly = (1 - 1e-9, 1, 1)  # takes the general way
+    np.testing.assert_array_equal(composite(rgba), composite(rgba, nearly))

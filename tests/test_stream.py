@@ -21,13 +21,11 @@ from shapeloom.data_pipes.loader import Batches, RawDataset, RawSample
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
 from shapeloom.data_pipes.raw_batch import RawBatch, raw_batch
 from shapeloom.data_pipes.remote_shards import RemoteShards, is_remote, open_shards
-from shapeloom.data_pipes.render import composite
 from shapeloom.data_pipes.shard_folder import ShardFolder
 from shapeloom.data_pipes.shards import INDEX, MANIFEST
 from shapeloom.data_pipes.stream import StreamBatches, StreamOrder, buffered
 from shapeloom.errors import UserError
 from shapeloom.files import read_json, write_json
-from shapeloom.training.clip import _on_white
 
 SETTINGS = ProceduralSettings(count=30, n_surface=16, n_near=8, n_uniform=8, n_views=2, image_size=16, shard_size=4)
 EVERY_PART = ("surface", "field", "albedo", "lit", "depth", "cameras")
@@ -357,12 +355,6 @@ def test_a_stage_streams_what_is_named_by_a_url(raw: Path, tmp_path: Path, stage
     losses, _ = there.loss(there.model, first[0])
     assert losses.shape == (4,) and losses.isfinite().all()
     assert there.evaluate(there.model, 1), "held out, by random access"
-
-
-def test_clip_lays_its_views_on_white_as_everyone_does() -> None:
-    every = np.stack(np.meshgrid(np.arange(256), np.arange(256), indexing="ij"), -1).astype(np.uint8)  # value, alpha
-    rgba = every[..., [0, 0, 0, 1]]
-    np.testing.assert_array_equal(_on_white(rgba), composite(rgba))
 
 
 # ---------------------------------------------------------------------------------------------- clear words

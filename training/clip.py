@@ -155,7 +155,7 @@ def collate_pairs(
     for sample, rng in items:
         # Frontal views come first; of the others, captions that speak of left and right are not true.
         views = sample.stored["lit"]
-        images.append(_on_white(views[rng.integers((len(views) + 1) // 2)]))
+        images.append(composite(views[rng.integers((len(views) + 1) // 2)]))
         caption = str(rng.choice(sample.captions))
         others = [swap["caption"] for swap in sample.meta.get("swaps", [])]
         others = [others[k] for k in rng.permutation(len(others))[:n_swaps]]
@@ -173,15 +173,6 @@ def collate_pairs(
         "present": present,
         "meaning": meaning,
     }
-
-
-def _on_white(rgba: np.ndarray) -> np.ndarray:
-    """As `composite`, to the bit, in a third of its time: in whole numbers. uint8 [..., 4] → [..., 3]."""
-    alpha = rgba[..., 3:].astype(np.uint16)
-    rgb = rgba[..., :3] * alpha
-    rgb += 255 * (255 - alpha) + 127  # at most 65,152
-    rgb //= 255
-    return rgb.astype(np.uint8)
 
 
 def contrastive_loss(
