@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import UserError
 
-__all__ = ["JSON_SUFFIXES", "AssetText", "caption_from_name", "read_captions"]
+__all__ = ["JSON_SUFFIXES", "NO_TEXT", "AssetText", "caption_from_name", "read_captions"]
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _OPTIONAL = {"category": "category", "licence": "licence", "license": "licence", "author": "author", "source": "source"}
@@ -26,7 +26,7 @@ _MAX_BYTES = 1 << 30
 _Row = tuple[int, str, dict[str, list[str]]]  # line, file as written, and what is said of it by field
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AssetText:
     """What a captions file says of one 3D file; `captions` may be empty."""
 
@@ -35,6 +35,9 @@ class AssetText:
     licence: str | None = None
     author: str | None = None
     source: str | None = None
+
+
+NO_TEXT = AssetText()
 
 
 def read_captions(path: str | Path, known_files: Iterable[str]) -> dict[str, AssetText]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import parse_json
-from .captions import AssetText
+from .captions import NO_TEXT, AssetText
 from .hashes import Hashes
 from .places import Place, is_known
 from .shards import ShardInfo, index_name
@@ -31,7 +31,7 @@ __all__ = ["Copy", "Entry", "Ledger", "Make", "Part", "Settle", "ShardTask", "ne
 _FOLDER = "parts"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One file: what it was (stamps and hashes), and what became of it.
 
@@ -133,7 +133,7 @@ def _part_name(number: int) -> str:
 # ------------------------------------------------------------------------------------------------------- what to do
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Make:
     """A file to build; with the entry it had, if only its date may have changed."""
 
@@ -143,7 +143,7 @@ class Make:
     before: Entry | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Copy:
     """A sample to take over as it is, but for the words about it."""
 
@@ -155,7 +155,7 @@ class Copy:
         return self.entry.file
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Settle:
     """A file that stays, or is now, left out."""
 
@@ -212,7 +212,7 @@ def plan(
     for part in ledger.finished():
         slots: list[Make | Copy | Settle] = []
         for entry in part.entries:
-            text = texts.get(entry.file, AssetText())
+            text = texts.get(entry.file, NO_TEXT)
             if entry.file in new:
                 del new[entry.file]
                 slot = _slot(entry, places[entry.file], text, retry)
@@ -239,7 +239,7 @@ def plan(
     for number in emptied:
         del tasks[number]
     named = new_uids(list(new), uids).items()
-    fresh: list[Make | Copy | Settle] = [Make(file, uid, texts.get(file, AssetText())) for file, uid in named]
+    fresh: list[Make | Copy | Settle] = [Make(file, uid, texts.get(file, NO_TEXT)) for file, uid in named]
     last = max((*sizes, *tasks), default=None)
     if fill and last is not None and fresh:
         there = tasks.get(last) or (_as_they_are(ledger, last) if sizes[last] < shard_size else [])

@@ -80,7 +80,7 @@ class LocalFolder:
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """A 3D file: `name` relative to a folder, local or remote. Small, so that it may go to other processes.
 
