@@ -10,12 +10,12 @@ from shapeloom.errors import UserError
 from shapeloom.eval.benchmark.protocol import FOLDER, load_protocol, protocol_names, published_rows
 
 HASHES = {
-    "cap3d-8v": "6eee93801ef3592f",
-    "default-v1": "8a2457016fda75a8",
-    "dreamfields-45": "741b44ee5934410e",
-    "dreamfusion-e30": "c47af25199de56da",
-    "reference-v1": "fa54ce104da1db0a",
-    "trellis-8v": "5873dbdab60941fe",
+    "cap3d-8v": "90a7ccecdc0f1610",
+    "default-v1": "c6fd53c5d3ef0677",
+    "dreamfields-45": "78284cd0834382c7",
+    "dreamfusion-e30": "b63ff5fbae528e04",
+    "reference-v1": "c733f99267d6eca2",
+    "trellis-8v": "3a8c007f6578867f",
 }
 
 
