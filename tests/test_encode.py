@@ -42,7 +42,7 @@ def harmed(source: ShardFolder, out: Path) -> dict[str, str]:
     def harm(i: int, uid: str, members: dict[str, bytes]) -> None:
         if i == 0:
             members["lit_00.webp"] = b"no picture" + members["lit_00.webp"]
-            reasons[uid] = f"{uid}.lit_00.webp is not a WebP image"
+            reasons[uid] = f"{uid}.lit_00.webp in shard shard-00000.tar is not a WebP image"
         elif i == 3:
             surface = decode_npz(members["surface.npz"], uid)
             surface["xyz"][5] = np.nan
@@ -53,7 +53,7 @@ def harmed(source: ShardFolder, out: Path) -> dict[str, str]:
             reasons[uid] = "its lit views are 1 x 32 x 32 x 4, those of the other assets 2 x 32 x 32 x 4"
         elif i == 9:
             members["surface.npz"] = members["surface.npz"][:-200]
-            reasons[uid] = f"{uid}.surface.npz is damaged"
+            reasons[uid] = f"{uid}.surface.npz in shard shard-00001.tar is damaged"
         elif i == 10:
             members["json"] = members["json"].replace(b'"captions":[', b'"captions":[],"were":[')
             reasons[uid] = "it has no captions"
