@@ -188,10 +188,10 @@ def composite(rgba: np.ndarray, background: tuple[float, float, float] = (1, 1, 
     Returns: uint8 [..., 3].
     """
     if tuple(background) == (1, 1, 1):  # in whole numbers: the same to the bit, in a third of the time
-        alpha = rgba[..., 3:].astype(np.uint16)
-        rgb = rgba[..., :3] * alpha
-        rgb += 255 * (255 - alpha) + 127  # at most 65,152
-        return (rgb // 255).astype(np.uint8)
+        weight = rgba[..., 3:].astype(np.uint16)
+        total = rgba[..., :3] * weight
+        total += 255 * (255 - weight) + 127  # at most 65,152
+        return (total // 255).astype(np.uint8)
     alpha = rgba[..., 3:].astype(np.float32) / 255
     rgb = rgba[..., :3] * alpha + np.asarray(background, np.float32) * 255 * (1 - alpha)
     return np.rint(rgb).astype(np.uint8)
