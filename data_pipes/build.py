@@ -46,10 +46,10 @@ from .hashes import Hashes
 from .ledger import Copy, Entry, Ledger, Settle, ShardTask, plan
 from .licences import LicenceFilter
 from .places import LocalFolder
-from .remote_files import is_url, without_secrets
 from .shards import RAW_FORMAT, ShardInfo, begin_folder, split_of, stored_manifest, write_manifest
 from .store import LocalStore, Store, store_at
 from .survey import general_form
+from .urls import is_url, without_secrets
 
 __all__ = ["BuildReport", "BuildSettings", "Guard", "build"]
 

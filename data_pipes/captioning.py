@@ -21,6 +21,7 @@ from ..progress import Bar
 from .caption_twins import words_of
 from .captions import JSON_SUFFIXES
 from .raw_sample import decode_webp
+from .remote_shards import open_shards
 from .render import composite
 from .shard_folder import ShardFolder
 from .survey import strings
@@ -109,9 +110,9 @@ def caption(
         raise UserError(f"--out must end in .jsonl, as data build knows the form by it, got {out}")
     if out.exists():
         raise UserError(f"{out} is there already: give another name, or delete it")
-    shards = ShardFolder(raw)
+    shards = open_shards(raw)
     if not (shards.has("lit_") or shards.has("view_")):
-        raise UserError(f"{raw} has no views to caption: build it with n_views of {settings.views} or more")
+        raise UserError(f"{shards.folder} has no views to caption: build it with n_views of {settings.views} or more")
     run = {"maker": "data caption", "raw": shards.hash, "model": str(model), **vars(settings)}
     unfinished = out.with_name(out.name + ".unfinished")
     at_once = max(1, settings.batch // settings.views)

@@ -14,11 +14,13 @@ from PIL import Image, ImageDraw, ImageFont
 from ..files import write_atomic
 from .loader import order
 from .raw_sample import decode_npz, decode_webp
+from .remote_shards import is_remote, open_shards
 from .render import composite
 from .shard_folder import ShardFolder
 
 INK, PAPER, LINE = (34, 34, 40), (255, 255, 255), (226, 226, 231)
 MAX_LINES = 4
+SHEET = "contact_sheet.png"
 LOOKED_AT = 5000  # json members read for the summary; more are thinned evenly
 
 
@@ -113,7 +115,7 @@ def _cut(text: str, font: ImageFont.FreeTypeFont, width: int, always: bool = Fal
 class RawSummary:
     """What a folder of raw shards holds."""
 
-    folder: Path
+    folder: str
     samples: int
     shards: int
     bytes: int
@@ -145,12 +147,17 @@ class RawSummary:
         return "\n".join(lines)
 
 
-def sheet_of_raw(folder: str | Path, out_png: str | Path, n: int = 24, split: str | None = None) -> RawSummary:
+def sheet_of_raw(
+    folder: str | Path, out_png: str | Path | None = None, n: int = 24, split: str | None = None
+) -> RawSummary:
     """Write a contact sheet of `n` samples of a split (or all), always the same ones, and say what the folder holds.
+
+    Args:
+        out_png: contact_sheet.png in `folder` by default, of a URL in the working folder.
 
     Raises: UserError if the folder is no finished folder of raw shards or has no such split.
     """
-    shards = ShardFolder(folder)
+    shards = open_shards(folder)
     chosen = shards.select(split)
     picks = [chosen[i] for i in sorted(order(len(chosen), 0, np.arange(min(n, len(chosen)))))]
     members = shards.suffixes(picks[0]) if picks else []
@@ -161,15 +168,15 @@ def sheet_of_raw(folder: str | Path, out_png: str | Path, n: int = 24, split: st
         images = [decode_webp(shards.read(i, [front])[front], f"{shards.uids[i]}.{front}") for i in picks]
         size = (images[0].shape[1], images[0].shape[0])
         captions = [(shards.read_json(i)["captions"] or [shards.uids[i]])[0] for i in picks]
-        title = f"{Path(folder).name}{f' / {split}' if split else ''}: {len(picks)} of {len(chosen)}"
+        title = f"{Path(str(shards.folder)).name}{f' / {split}' if split else ''}: {len(picks)} of {len(chosen)}"
         tile = max(128, min(192, size[0]))
         sheet = contact_sheet([composite(image) for image in images], captions, columns=8, tile=tile, title=title)
-        picture = Path(out_png)
+        picture = Path(out_png or (SHEET if is_remote(folder) else Path(folder) / SHEET))
         write_png(picture, sheet)
     looked = range(0, len(shards), max(1, len(shards) // LOOKED_AT))
     metas = [shards.read_json(i) for i in looked]
     return RawSummary(
-        folder=Path(folder),
+        folder=str(shards.folder),
         samples=len(shards),
         shards=len(shards.manifest["shards"]),
         bytes=sum(shard["bytes"] for shard in shards.manifest["shards"]),

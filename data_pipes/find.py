@@ -11,7 +11,8 @@ from .archives import ARCHIVE_SUFFIXES, ArchiveLimits, ZipFolder, unpack
 from .limits import Limits, Rejected
 from .places import Folder, LocalFolder, Place, Stamp, is_hidden, walk
 from .read import SUFFIXES
-from .remote_files import found_at, is_url, without_secrets
+from .remote_files import found_at
+from .urls import is_url, without_secrets
 from .workers import Failed, isolated_map
 
 __all__ = ["Place", "find"]

@@ -1,63 +1,38 @@
 """Folders of 3D files that are not on this machine: any file system of fsspec (s3://, gs://, sftp://, memory:// …),
-and what a web server lists under https://.
-
-HTTP goes through the standard library: fsspec's needs one more package and reads a listing of any length. What fsspec
-finds by itself (keys in the environment or in its own configuration) is how credentials get in; there are no options.
-"""
+and what a web server lists under https://."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import errno
 import posixpath
 import re
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
-from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
+from typing import IO, Any, Protocol
+from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
 import fsspec
 
 from ..errors import UserError
 from .limits import Limits, Rejected
 from .places import UNKNOWN, Stamp, is_hidden
+from .urls import HttpFolder, as_user_errors, is_http, open_filesystem, retried, told, without_secrets
 
-__all__ = ["RemoteFolder", "found_at", "is_url", "told", "without_secrets"]
-
-Result = TypeVar("Result")
+__all__ = ["RemoteFolder", "found_at"]
 
 RETRY_AFTER_S = (1.0, 4.0)
-_TIMEOUT_S = 60
 _PIECE = 1 << 20
 _LISTING_BYTES = 64 << 20  # of one page
 _MOST_FOLDERS = 100_000
-_PACKAGES = {
-    **dict.fromkeys(("s3", "s3a"), "s3fs"),
-    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
-    **dict.fromkeys(("az", "abfs", "abfss", "adl"), "adlfs"),
-    **dict.fromkeys(("sftp", "ssh"), "paramiko"),
-    **dict.fromkeys(("http", "https"), "aiohttp"),  # within a chain of fsspec's alone
-    "hdfs": "pyarrow",
-    "oss": "ossfs",
-    "smb": "smbprotocol",
-}
 # Whatever a store calls what changes with a file's content, the surest first.
 _TAGS = ("ETag", "etag", "md5Hash", "checksum", "CRC", "sha", "LastModified", "last_modified", "updated")
 _TIMES = ("mtime", "modified", "modify", "created")
-
-
-def is_url(folder: str | Path) -> bool:
-    """Whether it is a URL, or a chain of them as fsspec has it (zip://::https://…)."""
-    return isinstance(folder, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", folder) is not None
 
 
 @dataclass(frozen=True)
@@ -108,7 +83,8 @@ class RemoteFolder:
             except (FileNotFoundError, IsADirectoryError):
                 return None
 
-        return _retried(read, f"its file {name[:80]!r}")
+        with _rejecting(f"its file {name[:80]!r}"):
+            return retried(read, RETRY_AFTER_S)
 
     def _download(self, name: str, path: Path, limits: Limits) -> None:
         def write() -> None:
@@ -120,7 +96,8 @@ class RemoteFolder:
                     limits.check("bytes", n_bytes, limits.file_bytes)
                     file.write(piece)
 
-        _retried(write, "it")
+        with _rejecting("it"):
+            retried(write, RETRY_AFTER_S)
 
 
 def found_at(url: str, scratch: Path) -> tuple[RemoteFolder, dict[str, Stamp]]:
@@ -131,7 +108,7 @@ def found_at(url: str, scratch: Path) -> tuple[RemoteFolder, dict[str, Stamp]]:
     _transport.cache_clear()
     _listed.cache_clear()
     url = re.sub(r"^(zip|tar)://::", "", url)  # the archive itself, which is unpacked here as any other
-    with _clear_errors(url):
+    with as_user_errors(without_secrets(url), urlsplit(url).scheme):
         if (stamp := _transport(url).itself()) is not None:
             parent, name = _split(url)
             return RemoteFolder(parent, str(scratch)), {name: stamp}
@@ -164,7 +141,7 @@ class _Transport(Protocol):
 
 class _Fsspec:
     def __init__(self, url: str) -> None:
-        self.fs, self.root = fsspec.core.url_to_fs(url)
+        self.fs, self.root = open_filesystem(url)
         self.fs.invalidate_cache()
 
     def itself(self) -> Stamp | None:
@@ -199,17 +176,12 @@ class _Http:
     """What a web server lists: the links of a page that lead below it."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
-        self._base = urlunsplit((parts.scheme, host, parts.path.rstrip("/") + "/", "", ""))
-        self._itself = urlunsplit((parts.scheme, host, parts.path, parts.query, ""))
-        self._query = f"?{parts.query}" if parts.query else ""
-        self._user = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}" if parts.username else ""
+        self._folder = HttpFolder(url)
 
     def itself(self) -> Stamp | None:
-        if self._itself.partition("?")[0].endswith("/"):
+        if self._folder.itself.partition("?")[0].endswith("/"):
             return None
-        with self._get(self._itself) as answer:
+        with self._folder.get(self._folder.itself) as answer:
             if answer.headers.get_content_type() == "text/html":  # a listing
                 return None
             return [_length(answer), answer.headers.get("ETag") or answer.headers.get("Last-Modified")]
@@ -229,19 +201,20 @@ class _Http:
             folders += sorted(inner - seen, reverse=True)
             seen |= inner
             if len(seen) > _MOST_FOLDERS:
-                raise UserError(f"{self._base} lists more than {_MOST_FOLDERS:,} folders: give one with fewer")
+                raise UserError(f"{self._folder.base} lists more than {_MOST_FOLDERS:,} folders: give one with fewer")
         return {name: list(stamp) for name, stamp in found.items()}
 
     def listing(self, folder: str) -> dict[str, Stamp]:
         return {name: list(UNKNOWN) for name in self._links(folder)[0]}
 
     def open(self, name: str) -> AbstractContextManager[IO[bytes]]:
-        return self._get(self._base + quote(name) + self._query)
+        return self._folder.get(self._folder.address(name))
 
     def _links(self, folder: str) -> tuple[set[str], set[str]]:
         """Names of files and of folders in a folder."""
-        page = self._base + (quote(folder) + "/" if folder else "")
-        with self._get(page + self._query) as answer:
+        address = self._folder.address(f"{folder}/" if folder else "")
+        page = address.partition("?")[0]
+        with self._folder.get(address) as answer:
             data = b"".join(_pieces(answer, _LISTING_BYTES + 1))
         if len(data) > _LISTING_BYTES:
             raise UserError(f"{page} is a list of more than {_LISTING_BYTES >> 20} MB: give folders with fewer files")
@@ -252,27 +225,11 @@ class _Http:
         for href in links.found:
             with contextlib.suppress(ValueError):
                 place = urlunsplit(urlsplit(urljoin(page, href))._replace(query="", fragment=""))
-                if place.startswith(page):
-                    name = unquote(place[len(self._base) :])
+                if unquote(place).startswith(unquote(page)):  # servers differ in what they quote
+                    name = unquote(place).removeprefix(unquote(self._folder.base))
                     if _is_inside(name.rstrip("/")):
                         (folders if name.endswith("/") else files).add(name.rstrip("/"))
         return files, folders - {folder}
-
-    def _get(self, url: str) -> Any:
-        request = urllib.request.Request(url, headers={"User-Agent": "shapeloom"})
-        if self._user:
-            # Not for where a redirection leads.
-            request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(self._user.encode()).decode()}")
-        try:
-            return urllib.request.urlopen(request, timeout=_TIMEOUT_S)
-        except urllib.error.HTTPError as error:
-            error.close()
-            what = f"the server answers {error.code} {error.reason}"
-            if error.code in (404, 410):
-                raise FileNotFoundError(what) from None
-            if error.code in (401, 403):
-                raise PermissionError(what) from None
-            raise (OSError if error.code in (408, 429) or error.code >= 500 else ValueError)(what) from None
 
 
 class _Links(HTMLParser):
@@ -289,12 +246,12 @@ class _Links(HTMLParser):
 
 @lru_cache(maxsize=8)
 def _transport(url: str) -> _Transport:
-    return _Http(url) if urlsplit(url).scheme in ("http", "https") else _Fsspec(url)
+    return _Http(url) if is_http(url) else _Fsspec(url)
 
 
 @lru_cache(maxsize=64)
 def _listed(url: str, folder: str) -> dict[str, Stamp]:
-    with _clear_errors(url):
+    with as_user_errors(without_secrets(url), urlsplit(url).scheme):
         try:
             return _transport(url).listing(folder)
         except FileNotFoundError:
@@ -304,60 +261,18 @@ def _listed(url: str, folder: str) -> dict[str, Stamp]:
 # ---------------------------------------------------------------------------------------------------- when it fails
 
 
-def _retried(action: Callable[[], Result], what: str) -> Result:
-    """The result of `action`, tried again where that may help. Raises: Rejected."""
-    for wait_s in (*RETRY_AFTER_S, None):
-        try:
-            return action()
-        except (Rejected, MemoryError):
-            raise
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
-                raise
-            if wait_s is None or not _may_pass(error):
-                reason, hint = told(error, "")
-                raise Rejected(f"{what} {reason}", hint, kind="unavailable") from error
-            time.sleep(wait_s)
-    raise AssertionError("the last try returns or raises")
-
-
 @contextlib.contextmanager
-def _clear_errors(url: str) -> Iterator[None]:
-    """Every store has exceptions of its own: here they become UserError."""
+def _rejecting(what: str) -> Iterator[None]:
+    """What a network library raises becomes Rejected, which tells what cannot be had; a full disk is told by others."""
     try:
         yield
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        reason, hint = told(error, urlsplit(url).scheme)
-        raise UserError(f"{without_secrets(url)} {reason}: {hint}") from error
-
-
-def _may_pass(error: Exception) -> bool:
-    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, ValueError)):
-        return False
-    return not _is_about_credentials(error)
-
-
-def told(error: Exception, protocol: str) -> tuple[str, str]:
-    """What went wrong, to be read after what it went wrong with, and what to do."""
-    line = " ".join(str(error).split())[:160] or type(error).__name__
-    if isinstance(error, ImportError):
-        package = _PACKAGES.get(protocol)
-        return f"needs a package that is not installed ({line})", f"pip install {package}" if package else "install it"
-    if isinstance(error, FileNotFoundError):
-        return "is not there", "check its address"
-    if isinstance(error, PermissionError) or _is_about_credentials(error):
-        return f"may not be read ({line})", "check the credentials in the environment, and that they allow reading"
-    if isinstance(error, ValueError) and "rotocol not known" in line:
-        return "is of a kind that is not known", "use one that fsspec has, as s3://, gs://, https:// or sftp://"
-    if isinstance(error, urllib.error.URLError):
-        line = str(error.reason)[:160]
-    return f"cannot be had ({type(error).__name__}: {line})", "check the address and the network"
-
-
-def _is_about_credentials(error: Exception) -> bool:
-    return re.search("Credential|Authentication|Forbidden|AccessDenied", type(error).__name__) is not None
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
+            raise
+        reason, hint = told(error)
+        raise Rejected(f"{what} {reason}", hint, kind="unavailable") from error
 
 
 # ----------------------------------------------------------------------------------------------------------- names
@@ -382,16 +297,10 @@ def _length(source: Any) -> int | None:
 def _split(url: str) -> tuple[str, str]:
     """The URL of a file's folder, and its name."""
     first, mark, chain = url.partition("::")
-    is_http = urlsplit(url).scheme in ("http", "https")
-    path, question, query = first.partition("?") if is_http else (first, "", "")
+    path, question, query = first.partition("?") if is_http(url) else (first, "", "")
     folder, _, name = path.rpartition("/")
-    return f"{folder}/{question}{query}{mark}{chain}", unquote(name) if is_http else name
+    return f"{folder}/{question}{query}{mark}{chain}", unquote(name) if is_http(url) else name
 
 
 def _is_inside(name: str) -> bool:
     return bool(name) and not re.search(r"[\0\\]", name) and not {"", ".", ".."} & set(name.split("/"))
-
-
-def without_secrets(url: str) -> str:
-    """A URL without what may be secret: passwords, and the query with its tokens."""
-    return re.sub(r"//[^/@]*@", "//", url.partition("?")[0])

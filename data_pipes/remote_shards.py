@@ -6,10 +6,10 @@
     pipe:curl -s https://host/{name}  the output of a shell command; {name} becomes the file's name
 
 A command is run as it stands: it comes from the user's own command line or file of settings, never from the data. A
-shard's name, which does come from the data, may only have letters, digits, '.', '_' and '-'.
+file's name, which does come from the data, may only have letters, digits, '.', '_' and '-', and folders before it.
 
 manifest.json and index.bin are fetched when the folder is opened, into a temporary folder (index.bin takes some 100 to
-300 bytes a sample); shards are never kept on the disk.
+300 bytes a sample); shards are read where they are.
 """
 
 from __future__ import annotations
@@ -24,37 +24,104 @@ import signal
 import subprocess
 import tempfile
 import threading
-import urllib.error
-import urllib.request
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..files import ASIDE
 from .index import INDEX
-from .remote_files import without_secrets
-from .sample_bytes import ByteSource, Damaged, retried
+from .sample_bytes import ByteSource, Damaged
 from .shard_folder import ShardFolder
 from .shards import MANIFEST, RAW_FORMAT, index_path
+from .store import LocalStore
+from .urls import HttpFolder, as_user_errors, is_http, is_url, open_filesystem, retried, without_secrets
 
-__all__ = ["RemoteShards", "is_remote", "open_shards"]
+__all__ = ["RemoteShards", "RemoteSource", "is_remote", "lacks", "open_shards", "source_at"]
 
-TIMEOUT_S = 60.0  # a connection that says nothing for so long is broken
-
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_NAME = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9._-]*/)*[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _PIPE = "pipe:"
 
 
-def is_remote(folder: str | Path) -> bool:
+def is_remote(folder: object) -> bool:
     """Whether this names shards by a URL or a command, not by a path."""
-    return isinstance(folder, str) and (folder.startswith(_PIPE) or "://" in folder)
+    return is_url(folder) or str(folder).startswith(_PIPE)
 
 
 def open_shards(folder: str | Path, format: str = RAW_FORMAT, damaged: Damaged = "fatal") -> ShardFolder:
     """A folder of shards, wherever it is. Raises UserError as `ShardFolder` and `RemoteShards` do."""
     return RemoteShards(str(folder), format, damaged) if is_remote(folder) else ShardFolder(folder, format, damaged)
+
+
+def source_at(folder: str | Path) -> RemoteSource | LocalStore:
+    """The files of a folder, wherever it is, finished and whole or not. Raises UserError for a URL of no use."""
+    return RemoteSource(str(folder)) if is_remote(folder) else LocalStore(Path(folder))
+
+
+class RemoteSource:
+    """The files of a folder at a URL, as at the head of this module.
+
+    Raises: UserError where a package is missing, or a command has no {name}.
+    """
+
+    retry_after_s = (0.2, 1.0, 5.0)
+
+    def __init__(self, url: str) -> None:
+        self._open = _opener(url)
+        self._shown = url if url.startswith(_PIPE) else without_secrets(url)
+
+    def where(self, name: str = "") -> str:
+        """Without what may be secret in it."""
+        if self._shown.startswith(_PIPE):
+            return self._shown.replace("{name}", name) if name else self._shown
+        return f"{self._shown.rstrip('/')}/{name}" if name else self._shown
+
+    def open(self, name: str, offset: int = 0, size: int | None = None) -> ByteSource:
+        """A file from a byte on; with a `size`, all of it is there when this returns.
+
+        Raises: FileNotFoundError; UserError for a name that may not be, and where it cannot be read.
+        """
+        _refuse_odd(name)
+        if size is None:
+            return self._open(name, offset, None)
+
+        def fetch() -> ByteSource:
+            with contextlib.closing(self._open(name, offset, size)) as file:
+                data = file.read(size)
+            if len(data) < size:
+                raise OSError(f"it ends {size - len(data)} bytes early")
+            return io.BytesIO(data)
+
+        with self._telling(f"{self.where(name)}, from byte {offset} on,"):
+            return retried(fetch, self.retry_after_s)
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy a file to `path`. Raises as `open`."""
+
+        def fetch() -> None:
+            aside = path.with_name(f"{path.name}{ASIDE}{threading.get_ident()}")
+            try:
+                with contextlib.closing(self.open(name)) as there, open(aside, "wb") as here:
+                    shutil.copyfileobj(there, here, 1 << 20)
+                os.replace(aside, path)
+            finally:
+                aside.unlink(missing_ok=True)
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._telling(self.where(name)):
+            retried(fetch, self.retry_after_s)
+
+    @contextlib.contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        """A file as one on this machine, in TMPDIR for as long. Raises as `open`."""
+        with tempfile.TemporaryDirectory(prefix="shapeloom-shard-") as folder:
+            path = Path(folder) / name
+            self.fetch(name, path)
+            yield path
+
+    def _telling(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return as_user_errors(what, but=(FileNotFoundError,))
 
 
 class RemoteShards(ShardFolder):
@@ -64,83 +131,66 @@ class RemoteShards(ShardFolder):
 
     Args:
         url: as at the head of this file.
-    Raises: UserError where the manifest or the index cannot be had, a package is missing, or a command has no {name}.
-        A shard that is missing is noticed when it is read.
+    Raises: UserError where the manifest or the index cannot be had, and as RemoteSource. A shard that is missing is
+        noticed when it is read.
     """
 
-    retry_after_s = (0.2, 1.0, 5.0)
-
     def __init__(self, url: str, format: str = RAW_FORMAT, damaged: Damaged = "fatal") -> None:
-        self._open = _opener(url)
-        self._shown = url if url.startswith(_PIPE) else without_secrets(url)
+        self._source = RemoteSource(url)
+        self.retry_after_s = self._source.retry_after_s
         self._fetched = Path(tempfile.mkdtemp(prefix="shapeloom-index-"))
         weakref.finalize(self, shutil.rmtree, self._fetched, ignore_errors=True)
-        self._fetch(MANIFEST)
+        self._need(MANIFEST)
         super().__init__(self._fetched, format, damaged)
-        self.folder = self._shown
+        self.folder = self._source.where()
 
     def open(self, name: str, offset: int = 0, size: int | None = None) -> ByteSource:
-        """As `ShardFolder.open`; with a `size`, all of it is there when this returns, or UserError says why not."""
-        if size is None:
-            return self._open(_checked(name), offset, None)
+        return self._source.open(name, offset, size)
 
-        def fetch() -> ByteSource:
-            with contextlib.closing(self._open(_checked(name), offset, size)) as file:
-                data = file.read(size)
-            if len(data) < size:
-                raise OSError(f"it ends {size - len(data)} bytes early")
-            return io.BytesIO(data)
+    def local(self, name: str) -> Path:
+        path = self._fetched / name
+        if not path.is_file():
+            try:
+                self._source.fetch(name, path)
+            except FileNotFoundError:
+                pass
+            except UserError:
+                if not self._source.where().startswith(_PIPE):  # a command does not say what is not there
+                    raise
+        return path
 
+    def _need(self, name: str) -> Path:
+        path = self._fetched / name
         try:
-            return retried(fetch, self.retry_after_s)
-        except (FileNotFoundError, UserError):
-            raise
-        except Exception as error:  # every network library has its own
-            raise UserError(f"{self._shown}/{name} cannot be read from byte {offset} on ({_words(error)})") from None
-
-    def _fetch(self, name: str) -> None:
-        """A small file into the temporary folder. Raises UserError if it cannot be had."""
-
-        def fetch() -> None:
-            aside = self._fetched / f"{name}{ASIDE}{threading.get_ident()}"
-            with contextlib.closing(self._open(name, 0, None)) as there, open(aside, "wb") as here:
-                shutil.copyfileobj(there, here)
-            os.replace(aside, self._fetched / name)
-
-        try:
-            retried(fetch, self.retry_after_s)
+            if not path.is_file():
+                self._source.fetch(name, path)
         except FileNotFoundError:
-            raise UserError(f"{self._shown} has no {name}: is it a folder of shards, and all of it copied?") from None
-        except Exception as error:  # every network library has its own
-            raise UserError(f"{name} cannot be read from {self._shown} ({_words(error)})") from None
+            raise lacks(self._source.where(), name) from None
+        return path
 
     def _fault(self, shard: dict[str, Any]) -> str:
-        _checked(str(shard["name"]))
+        _refuse_odd(str(shard["name"]))
         return ""  # that one is missing or short shows when it is read
 
     def _open_index(self) -> Any:
         if "index" in self.manifest:
-            self._fetch(INDEX)
+            self._need(INDEX)
         else:
             for shard in self.manifest["shards"]:
                 self._index_file(shard["name"])
         return super()._open_index()
 
     def _index_file(self, shard: str) -> Path:
-        name = index_path(Path(shard)).name
-        if not (self._fetched / name).is_file():
-            self._fetch(name)
-        return self._fetched / name
+        return self._need(index_path(Path(shard)).name)
 
 
-def _checked(name: str) -> str:
+def lacks(folder: str, name: str) -> UserError:
+    return UserError(f"{folder} has no {name}: is it a folder of shards, and all of it copied?")
+
+
+def _refuse_odd(name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise UserError(f"the manifest names a shard {name!r}: only letters, digits, '.', '_' and '-' are allowed")
-    return name
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"the data names a file {name!r}: only letters, digits, '.', '_', '-' and '/' are allowed")
 
 
 # ---------------------------------------------------------------------------------------------- ways to open a file
@@ -153,25 +203,19 @@ def _opener(url: str) -> Callable[[str, int, int | None], ByteSource]:
         if "{name}" not in command:
             raise UserError(f"'{url}' must have {{name}} where the file's name goes: pipe:curl -s URL/{{name}}")
         return lambda name, offset, size: _Output(command.replace("{name}", shlex.quote(name)), offset)
-    if url.startswith(("http://", "https://")):
-        return lambda name, offset, size: _get(f"{url.rstrip('/')}/{name}", offset, size)
+    if is_http(url):
+        folder = HttpFolder(url)
+        return lambda name, offset, size: folder.get(folder.address(name), offset, size)
     return _fsspec_opener(url)
 
 
 def _fsspec_opener(url: str) -> Callable[[str, int, int | None], ByteSource]:
-    import fsspec
-
-    scheme = url.partition("://")[0]
-    try:
-        system, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise UserError(f"{scheme}:// is read with a package that is not installed ({_words(error)})") from None
-    except ValueError as error:
-        raise UserError(f"{url} is not understood ({_words(error)})") from None
+    system, path = open_filesystem(url)
+    protocol = system.protocol
 
     def open_at(name: str, offset: int, size: int | None) -> ByteSource:
         where = f"{path.rstrip('/')}/{name}"
-        if scheme == "memory":  # it hands one file, with one place in it, to all who open it
+        if protocol == "memory":  # it hands one file, with one place in it, to all who open it
             data = system.open(where, "rb").getvalue()
             return io.BytesIO(data[offset : None if size is None else offset + size])
         if size is not None:
@@ -181,28 +225,6 @@ def _fsspec_opener(url: str) -> Callable[[str, int, int | None], ByteSource]:
         return file
 
     return open_at
-
-
-def _get(url: str, offset: int, size: int | None) -> ByteSource:
-    headers = {"User-Agent": "shapeloom"}
-    if offset or size is not None:
-        headers["Range"] = f"bytes={offset}-{'' if size is None else offset + size - 1}"
-    try:
-        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
-    except urllib.error.HTTPError as error:
-        if error.code in (404, 410):
-            raise FileNotFoundError(url) from None
-        if error.code == 416:  # the range begins behind the end
-            return io.BytesIO()
-        raise OSError(f"HTTP {error.code} {error.reason}") from None
-    if offset and answer.status != 206:  # a server that knows no ranges sends everything
-        _drop(answer, offset)
-    return answer
-
-
-def _drop(file: ByteSource, count: int) -> None:
-    while count and (block := file.read(min(count, 1 << 20))):
-        count -= len(block)
 
 
 class _Output:
@@ -220,7 +242,8 @@ class _Output:
         )
         assert self._process.stdout is not None
         self._stdout = self._process.stdout
-        _drop(self, offset)
+        while offset and (block := self.read(min(offset, 1 << 20))):
+            offset -= len(block)
 
     def read(self, size: int = -1) -> bytes:
         data = self._stdout.read(size)

@@ -23,6 +23,7 @@ from ..files import write_atomic
 from .caption_twins import Group, bag, bag_hash, odd_word, text_hash
 from .limits import ANIMATED
 from .raw_sample import decode_webp
+from .remote_shards import is_remote, open_shards
 from .render import composite
 from .report_pieces import LISTED, bars, bytes_said, counts_table, fact, finding, histogram, plot, safe, section, table
 from .shard_folder import ShardFolder
@@ -65,15 +66,15 @@ def write_report(raw: str | Path, out: str | Path | None = None, *, count: int =
     """Write the page about a folder of raw shards, and say in a few lines what is on it.
 
     Args:
-        out: the HTML file; report.html in `raw` by default.
+        out: the HTML file; report.html in `raw` by default, of a URL in the working folder.
         count: assets on the contact sheet, evenly spread over the set.
     Raises: UserError if `raw` is no finished folder of raw shards, or where it is damaged.
     """
-    shards = ShardFolder(raw)
-    out = Path(out) if out is not None else Path(raw) / "report.html"
+    shards = open_shards(raw)
+    out = Path(out if out is not None else "report.html" if is_remote(raw) else Path(raw) / "report.html")
     if out.is_dir():
         raise UserError(f"{out} is a folder: give the name of the page, such as {out / 'report.html'}")
-    rejections, doubles = read_rejections(shards.folder), read_duplicates(shards.folder)
+    rejections, doubles = read_rejections(shards), read_duplicates(shards)
     pairs = [entry for kind in (doubles or {}).values() for entry in kind.first]
     found = survey(shards, {entry[key] for entry in pairs for key in ("file", "of")})
     write_atomic(out, _page(shards, found, rejections, doubles, count))
@@ -91,11 +92,11 @@ def _page(
     doubles: Mapping[str, Doubles] | None,
     count: int,
 ) -> str:
-    title = safe(shards.folder.resolve().name or "raw shards")
+    title = safe(_name(shards) or "raw shards")
     css = Path(__file__).with_suffix(".css").read_text("utf-8")
     sections = [
         _contact_sheet(shards, count),
-        _rejected(shards.folder, rejections),
+        _rejected(shards, rejections),
         _warned(shards, found),
         _animated(shards, found),
         _doubled(shards, found, doubles),
@@ -115,6 +116,12 @@ def _page(
         f'<header><p class="kind">Data report</p><h1>{title}</h1>{_overview(shards, found, rejections, doubles)}'
         f"<nav>{links}</nav></header>\n{''.join(sections)}</main></body></html>\n"
     )
+
+
+def _name(shards: ShardFolder) -> str:
+    """The last part of the folder's path or URL."""
+    folder = shards.folder.resolve() if isinstance(shards.folder, Path) else Path(shards.folder)
+    return folder.name
 
 
 def _overview(
@@ -178,15 +185,14 @@ def _thumbnail(shards: ShardFolder, index: int) -> str:
     return _img(decode_webp(shards.read(index, [name])[name], f"{shards.uid(index)}.{name}"))
 
 
-def _picture(folder: Path, name: str) -> str:
+def _picture(shards: ShardFolder, name: str) -> str:
     """A picture that lies beside the shards as an <img>; nothing where there is none, or its name leads elsewhere."""
+    if not name:
+        return ""
     try:
-        path = (folder / name).resolve()
-        if not name or not path.is_relative_to(folder.resolve()):
-            return ""
-        with Image.open(path, formats=["WEBP", "PNG", "JPEG"]) as image:
+        with Image.open(shards.local(name), formats=["WEBP", "PNG", "JPEG"]) as image:
             return _img(np.asarray(image.convert("RGBA"))) if image.width * image.height <= MOST_PIXELS else ""
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError, UserError):
         return ""
 
 
@@ -199,12 +205,12 @@ def _img(rgba_HW4: np.ndarray) -> str:
     return f'<img alt="" width="{image.width}" height="{image.height}" src="data:image/webp;base64,{data}">'
 
 
-def _rejected(folder: Path, rejections: Mapping[str, Rejections]) -> str:
+def _rejected(shards: ShardFolder, rejections: Mapping[str, Rejections]) -> str:
     total = sum(kind.count for kind in rejections.values())
     if not total:
         return section("rejected", "Rejected files", "", '<p class="fine">No file was rejected.</p>')
     cards = [
-        finding(kind.count, "file", _of_all(form, kind.reasons()), _rejected_of_a_kind(folder, kind))
+        finding(kind.count, "file", _of_all(form, kind.reasons()), _rejected_of_a_kind(shards, kind))
         for form, kind in list(rejections.items())[:MOST_KINDS]
     ]
     about = f"{total:,} files could not be used; rejected.jsonl lists them all."
@@ -213,9 +219,9 @@ def _rejected(folder: Path, rejections: Mapping[str, Rejections]) -> str:
     )
 
 
-def _rejected_of_a_kind(folder: Path, kind: Rejections) -> str:
+def _rejected_of_a_kind(shards: ShardFolder, kind: Rejections) -> str:
     """The hint, pictures of some files, names of others, and how many more there are."""
-    pictures = [(entry, picture) for entry in kind.pictured if (picture := _picture(folder, entry["picture"]))]
+    pictures = [(entry, picture) for entry in kind.pictured if (picture := _picture(shards, entry["picture"]))]
     named = [entry for entry in kind.first if all(entry is not pictured for pictured, _ in pictures)]
     reasons = kind.reasons()
     figures = "".join(_figure(picture, e["file"], e["reason"], reasons) for e, picture in pictures)
@@ -298,7 +304,7 @@ def _doubled(shards: ShardFolder, found: Survey, doubles: Mapping[str, Doubles] 
     def side(file: str, picture: str = "") -> str:
         """One of a pair, from the shards or from the picture beside them."""
         there = found.places.get(file)
-        shown = _thumbnail(shards, there) if there is not None else _picture(shards.folder, picture)
+        shown = _thumbnail(shards, there) if there is not None else _picture(shards, picture)
         shown = shown or '<div class="blank">not in the shards</div>'
         return _figure(shown, file)
 

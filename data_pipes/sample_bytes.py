@@ -1,24 +1,21 @@
-"""The bytes of one sample on their way out of a shard: cut into members, compared with a CRC-32, asked for again."""
+"""The bytes of one sample on their way out of a shard: cut into members, compared with a CRC-32."""
 
 from __future__ import annotations
 
-import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from ..errors import UserError
 from ..files import read_json
 
-__all__ = ["ByteSource", "Damaged", "crc32", "cut_members", "read_crc32", "retried"]
+__all__ = ["ByteSource", "Damaged", "crc32", "cut_members", "read_crc32"]
 
 Damaged = Literal["fatal", "skip"]  # what is damaged: ends the run, or is named once and left out
 Places = dict[str, tuple[int, int]]  # offset and size of each member in its shard
-
-Result = TypeVar("Result")
 
 
 class ByteSource(Protocol):
@@ -79,15 +76,3 @@ def cut_members(
             "again, or copy it again"
         )
     return {name: bytes(found[name]) for name in wanted}
-
-
-def retried(call: Callable[[], Result], pauses_s: Iterable[float]) -> Result:
-    """`call()`, made again after each pause while it fails, but for what is not there. Raises what it last raised."""
-    for pause in pauses_s:
-        try:
-            return call()
-        except (FileNotFoundError, UserError):
-            raise
-        except Exception:  # every network library has its own
-            time.sleep(pause)
-    return call()

@@ -155,6 +155,16 @@ class ShardFolder:
         file.seek(offset)
         return file
 
+    def local(self, name: str) -> Path:
+        """A file that lies beside the shards, as one on this machine; there is nothing at the path where it has none.
+
+        Raises: UserError for a name that leads elsewhere, and where it cannot be read.
+        """
+        path = self._here / name
+        if not path.resolve().is_relative_to(self._here.resolve()):
+            raise UserError(f"{name!r} leads out of {self.folder}")
+        return path
+
     def read_json(self, uid_or_index: str | int, suffix: str = "json") -> dict[str, Any]:
         """One of the sample's json members."""
         index = self._number(uid_or_index)

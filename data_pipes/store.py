@@ -15,13 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import fsspec
-
 from ..errors import UserError
 from ..files import ASIDE, write_atomic
-from .remote_files import is_url, told, without_secrets
+from .urls import as_user_errors, is_http, is_url, open_filesystem, without_secrets
 
-__all__ = ["LocalStore", "RemoteStore", "Store", "open_filesystem", "store_at"]
+__all__ = ["LocalStore", "RemoteStore", "Store", "store_at"]
 
 # Here an upload shows once it is whole, so that it needs no name beside the final one.
 _WHOLE_UPLOADS = {"s3", "s3a", "gs", "gcs", "abfs", "az", "adl", "oss", "memory"}
@@ -62,7 +60,7 @@ def store_at(out: str | Path | Store) -> Store:
     """The store that a path or a URL names. Raises UserError for a URL that cannot be used, or a path to a file."""
     if not isinstance(out, (str, Path)):
         return out
-    if isinstance(out, str) and out.startswith(("pipe:", "http://", "https://")):
+    if isinstance(out, str) and (out.startswith("pipe:") or is_http(out)):
         raise UserError(
             f"shards cannot be written to {without_secrets(out)}: give a folder, or a URL as s3://bucket/raw"
         )
@@ -71,18 +69,6 @@ def store_at(out: str | Path | Store) -> Store:
         _ = store.filesystem  # a wrong one is told now
         return store
     return LocalStore(Path(out))
-
-
-def open_filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's filesystem of a URL, and the path in it.
-
-    Raises: UserError for an unknown protocol, or one whose driver is not installed.
-    """
-    try:
-        return fsspec.core.url_to_fs(url)
-    except Exception as error:  # each protocol has its own
-        reason, hint = told(error, url.partition("://")[0])
-        raise UserError(f"{without_secrets(url)} {reason}: {hint}") from None
 
 
 @dataclass(frozen=True)
@@ -187,16 +173,9 @@ class RemoteStore:
         with contextlib.suppress(FileNotFoundError), self._telling(name):
             self.filesystem.rm_file(self._path(name))
 
-    @contextlib.contextmanager
-    def _telling(self, name: str) -> Iterator[None]:
+    def _telling(self, name: str) -> contextlib.AbstractContextManager[None]:
         """What goes wrong becomes a UserError, but for a file that is not there."""
-        try:
-            yield
-        except (UserError, FileNotFoundError):
-            raise
-        except Exception as error:  # each protocol has its own
-            reason, hint = told(error, self.url.partition("://")[0])
-            raise UserError(f"{self.where(name)} {reason}: {hint}") from error
+        return as_user_errors(self.where(name), but=(FileNotFoundError,))
 
     def _listed(self, folder: str) -> list[dict[str, Any]]:
         self.filesystem.invalidate_cache()

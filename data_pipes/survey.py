@@ -173,13 +173,13 @@ class Rejections:
         return [entry["reason"] for entry in (*self.first, *self.pictured)]
 
 
-def read_rejections(folder: Path) -> dict[str, Rejections]:
+def read_rejections(shards: ShardFolder) -> dict[str, Rejections]:
     """rejected.jsonl by general reason, most frequent first; none where there is no such file.
 
     Raises: UserError naming the line that is no JSON object with a file and a reason.
     """
     found: dict[str, Rejections] = defaultdict(Rejections)
-    for entry in _entries(folder / "rejected.jsonl", ("file", "reason"), ("hint", "picture")):
+    for entry in _entries(shards.local("rejected.jsonl"), ("file", "reason"), ("hint", "picture")):
         kind = found[general_form(entry["reason"])]
         kind.count += 1
         if len(kind.first) < FILES:
@@ -197,12 +197,12 @@ class Doubles:
     first: list[dict[str, str]] = field(default_factory=list)
 
 
-def read_duplicates(folder: Path) -> dict[str, Doubles] | None:
+def read_duplicates(shards: ShardFolder) -> dict[str, Doubles] | None:
     """duplicates.jsonl by what is the same ("shape and colours", "shape"); None where there is no such file.
 
     Raises: UserError naming the line that is no JSON object with file, of (whose double it is) and same.
     """
-    path = folder / "duplicates.jsonl"
+    path = shards.local("duplicates.jsonl")
     if not path.is_file():
         return None
     found: dict[str, Doubles] = defaultdict(Doubles)

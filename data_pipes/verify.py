@@ -9,6 +9,7 @@ N points, V views of H x W, L latent tokens, K captions.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tarfile
 from collections import Counter
@@ -25,7 +26,9 @@ from ..models.cameras import Cameras
 from ..progress import Bar
 from .index import INDEX, Index
 from .raw_sample import ARRAY_ERRORS, decode_depth, decode_field, decode_json, decode_npz, decode_surface, decode_webp
+from .remote_shards import RemoteSource, source_at
 from .shards import LATENT_FORMAT, MANIFEST, RAW_FORMAT, SPLITS, crc32, index_path
+from .store import LocalStore
 
 __all__ = ["Verified", "verify"]
 
@@ -37,7 +40,7 @@ _LONGEST_NAME = tarfile.LENGTH_NAME  # a longer one has two blocks of its own be
 class Verified:
     """What `verify` read, and one line for each fault."""
 
-    folder: Path
+    folder: str
     shards: int
     samples: int
     bytes: int
@@ -51,64 +54,82 @@ class Verified:
 
 
 def verify(folder: str | Path) -> Verified:
-    """Read every byte of a folder of raw or latent shards and decode every member of every sample.
+    """Read every byte of a folder of raw or latent shards, or of one at a URL, and decode every member of every sample.
 
-    Memory: a sample, a shard's index and all uids.
+    Memory: a sample, a shard's index and all uids. Of a URL's shards, one at a time is in TMPDIR.
 
     Returns: what is wrong, in the order of the shards; nothing in it stops the rest from being checked.
     Raises: UserError if there is no manifest to compare with, or if it is not one of shards.
     """
-    folder = Path(folder)
-    manifest = _manifest(folder)
+    source = source_at(folder)
+    manifest = _manifest(source)
     shards = [shard for shard in manifest["shards"] if _is_entry(shard)]
     faults = [*_manifest_faults(manifest)]
-    whole, index_faults = _open_index(folder, manifest)
-    faults += index_faults
     splits: Counter[str] = Counter()
     uids: list[np.ndarray] = []
     start = 0
-    with Bar(sum(shard["samples"] for shard in shards), "verifying") as bar:
+    with contextlib.ExitStack() as stack:
+        whole = _open_index(source, manifest, stack, faults)
+        bar = stack.enter_context(Bar(sum(shard["samples"] for shard in shards), "verifying"))
         for shard in shards:
-            path = folder / Path(shard["name"]).name
-            try:
-                contents, index = _shard_index(path, shard)
-            except UserError as error:
-                faults += [str(error), *_shard_faults(path, shard, {})]
-                bar.update(shard["samples"])
+            with contextlib.ExitStack() as here:
+                path = _here(source, Path(shard["name"]).name, here, faults)
+                index_file = _here(source, index_path(Path(shard["name"])).name, here, faults)
+                try:
+                    contents, index = _shard_index(index_file, shard)
+                except UserError as error:
+                    faults += [str(error), *_shard_faults(path, shard, {})]
+                    bar.update(shard["samples"])
+                    start += shard["samples"]
+                    continue
+                faults += _shard_faults(path, shard, contents["members"])
+                if whole is not None and not _agrees(whole, start, index):
+                    faults.append(f"{INDEX}: it does not agree with {index_file.name}; delete it, those will serve")
+                crcs = contents.get("crc32", {})
+                for uid, places in contents["members"].items():
+                    faults += _sample_faults(path, uid, places, contents["splits"][uid], crcs.get(uid))
+                    splits[contents["splits"][uid]] += 1
+                    bar.update(1)
+                uids.append(index.uid)
                 start += shard["samples"]
-                continue
-            faults += _shard_faults(path, shard, contents["members"])
-            if whole is not None and not _agrees(whole, start, index):
-                faults.append(f"{INDEX}: it does not agree with {index_path(path).name}; delete it, those will serve")
-            crcs = contents.get("crc32", {})
-            for uid, places in contents["members"].items():
-                faults += _sample_faults(path, uid, places, contents["splits"][uid], crcs.get(uid))
-                splits[contents["splits"][uid]] += 1
-                bar.update(1)
-            uids.append(index.uid)
-            start += shard["samples"]
     faults += _twins(uids)
     if len(uids) == len(manifest["shards"]):  # else what is left out is told already
         faults += _count_faults(manifest["counts"], splits)
     total = sum(shard["bytes"] for shard in shards)
-    return Verified(folder, len(shards), sum(splits.values()), total, tuple(faults))
+    return Verified(source.where(), len(shards), sum(splits.values()), total, tuple(faults))
 
 
 # ------------------------------------------------------------------------------------------------------- the folder
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder of shards: it does not exist or is a file")
-    manifest = read_json(folder / MANIFEST, "the manifest")
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found not in (RAW_FORMAT, LATENT_FORMAT):
+def _here(source: RemoteSource | LocalStore, name: str, stack: contextlib.ExitStack, faults: list[str]) -> Path:
+    """A file of the folder as one on this machine until `stack` is closed; a path to nothing where it cannot be had."""
+    try:
+        return stack.enter_context(source.local(name))
+    except FileNotFoundError:
+        pass
+    except UserError as error:
+        faults.append(str(error))
+    return Path(source.where(name))
+
+
+def _manifest(source: RemoteSource | LocalStore) -> dict[str, Any]:
+    if isinstance(source, LocalStore) and not source.folder.is_dir():
+        raise UserError(f"{source.folder} is not a folder of shards: it does not exist or is a file")
+    try:
+        with source.local(MANIFEST) as path:
+            manifest = read_json(path, "the manifest")
+    except FileNotFoundError:
         raise UserError(
-            f"{folder / MANIFEST}: field 'format' must be '{RAW_FORMAT}' or '{LATENT_FORMAT}', got {found!r}"
-        )
+            f"{source.where()} has no {MANIFEST}: is it a folder of shards, and all of it copied?"
+        ) from None
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    where = source.where(MANIFEST)
+    if found not in (RAW_FORMAT, LATENT_FORMAT):
+        raise UserError(f"{where}: field 'format' must be '{RAW_FORMAT}' or '{LATENT_FORMAT}', got {found!r}")
     for name, kind in (("settings", dict), ("shards", list), ("counts", dict)):
         if not isinstance(manifest.get(name), kind):
-            raise UserError(f"{folder / MANIFEST}: field '{name}' is missing or of the wrong kind")
+            raise UserError(f"{where}: field '{name}' is missing or of the wrong kind")
     return manifest
 
 
@@ -127,14 +148,17 @@ def _manifest_faults(manifest: dict[str, Any]) -> Iterator[str]:
             yield f"{MANIFEST}: entry {i} of 'shards' lacks name, samples, bytes or sha256"
 
 
-def _open_index(folder: Path, manifest: dict[str, Any]) -> tuple[Index | None, list[str]]:
-    """The folder's index, mapped, where there is one, and what is wrong with it."""
+def _open_index(
+    source: RemoteSource | LocalStore, manifest: dict[str, Any], stack: contextlib.ExitStack, faults: list[str]
+) -> Index | None:
+    """The folder's index, mapped until `stack` is closed, where there is one that is whole."""
     if "index" not in manifest:  # made before there was one
-        return None, []
+        return None
     try:
-        return Index.read(folder / INDEX, manifest["index"]), []
+        return Index.read(_here(source, INDEX, stack, faults), manifest["index"])
     except (OSError, KeyError, TypeError, ValueError):
-        return None, [f"{INDEX}: it is missing or damaged; delete it, the shards' own indices will serve"]
+        faults.append(f"{INDEX}: it is missing or damaged; delete it, the shards' own indices will serve")
+        return None
 
 
 def _agrees(whole: Index, start: int, part: Index) -> bool:
@@ -175,8 +199,8 @@ def _count_faults(counts: dict[str, Any], splits: Counter[str]) -> Iterator[str]
 
 def _shard_index(path: Path, shard: dict[str, Any]) -> tuple[dict[str, Any], Index]:
     """A shard's index.json, as it is and as columns. Raises UserError where it is missing, damaged or another's."""
-    name = index_path(path).name
-    contents = read_json(index_path(path), "the shard index")
+    name = path.name
+    contents = read_json(path, "the shard index")
     try:
         index = Index.of_shard(contents)
         same = all(contents[key] == shard[key] for key in ("name", "samples", "bytes", "sha256"))

@@ -196,9 +196,7 @@ def _run_stage(
 ) -> None:
     from ..training.stages import run_stage
 
-    run_stage(
-        stage, preset=preset, config=config, data=data, out=str(out), resume=resume, overrides=overrides or []
-    )
+    run_stage(stage, preset=preset, config=config, data=data, out=str(out), resume=resume, overrides=overrides or [])
 
 
 # --- Shap-E's weights ------------------------------------------------------------------------------------------------

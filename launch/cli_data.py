@@ -9,6 +9,8 @@ import typer
 
 from .options import CORES, Device, Overrides, Preset, Workers
 
+Raw = Annotated[str, typer.Argument(metavar="RAW", help="A folder of raw shards, or a URL (s3://, https://, pipe:).")]
+
 app = typer.Typer(help="Make, build, caption and look at raw shards.", no_args_is_help=True)
 
 
@@ -103,20 +105,23 @@ def build(
 
 @app.command("show", epilog="Example: shapeloom data show raw/ --count 24")
 def show(
-    raw: Annotated[Path, typer.Argument(metavar="RAW", help="A folder of raw shards.")],
-    out: Annotated[Path | None, typer.Option(help="The PNG to write.", show_default="contact_sheet.png in RAW")] = None,
+    raw: Raw,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The PNG to write.", show_default="contact_sheet.png in RAW, or here where that is a URL"),
+    ] = None,
     count: Annotated[int, typer.Option(min=1, max=1000, help="How many objects to show.")] = 24,
     split: Annotated[str | None, typer.Option(help="Only this split.", show_default="all of them")] = None,
 ) -> None:
     """Write a contact sheet of raw shards and print a short summary."""
     from ..data_pipes.contact_sheet import sheet_of_raw
 
-    print(sheet_of_raw(raw, out or raw / "contact_sheet.png", count, split))
+    print(sheet_of_raw(raw, out, count, split))
 
 
 @app.command("verify", epilog="Example: shapeloom data verify raw/")
 def verify(
-    raw: Annotated[Path, typer.Argument(metavar="RAW", help="A folder of raw or latent shards.")],
+    raw: Annotated[str, typer.Argument(metavar="RAW", help="A folder of raw or latent shards, or a URL.")],
 ) -> None:
     """Check every byte and every sample of a folder of shards; says all that is wrong, and exits with 1 if anything."""
     from ..data_pipes.verify import verify as check
@@ -128,8 +133,11 @@ def verify(
 
 @app.command("report", epilog="Example: shapeloom data report raw/ --out report.html")
 def report(
-    raw: Annotated[Path, typer.Argument(metavar="RAW", help="A folder of raw shards.")],
-    out: Annotated[Path | None, typer.Option(help="The page to write.", show_default="report.html in RAW")] = None,
+    raw: Raw,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The page to write.", show_default="report.html in RAW, or here where that is a URL"),
+    ] = None,
     count: Annotated[int, typer.Option(min=1, max=1000, help="How many assets to show.")] = 48,
 ) -> None:
     """Write one HTML page: counts, rejections and warnings, pictures, captions, sizes, licences."""
@@ -143,7 +151,7 @@ def report(
     epilog="Example: shapeloom data caption raw/ --model blip-image-captioning-base/ --out captions.jsonl",
 )
 def caption(
-    raw: Annotated[Path, typer.Argument(metavar="RAW", help="A folder of raw shards with views, made by data build.")],
+    raw: Raw,
     model: Annotated[
         str,
         typer.Option(

@@ -354,6 +354,12 @@ def _killed_after(raw: Path, out: Path, some: CaptionSettings, monkeypatch: pyte
     return out.with_name(out.name + ".unfinished").read_bytes()
 
 
+def test_captions_of_shards_at_a_url(raw: Path, tmp_path: Path, parrot: type[Parrot]) -> None:
+    for data, name in ((raw, "here"), (f"pipe:cat {raw}/{{name}}", "there")):
+        caption(data, "none", tmp_path / f"{name}.jsonl", CaptionSettings(views=2))
+    assert (tmp_path / "here.jsonl").read_bytes() == (tmp_path / "there.jsonl").read_bytes()
+
+
 def test_more_views_than_stored_and_than_a_batch(raw: Path, tmp_path: Path, parrot: type[Parrot]) -> None:
     done = caption(raw, "parrot", tmp_path / "c.jsonl", CaptionSettings(views=9, batch=3))
     assert done.assets == 6 and parrot.last.seen == [3, 1] * 6

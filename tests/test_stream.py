@@ -20,7 +20,7 @@ import torch
 from shapeloom.data_pipes.loader import Batches, RawDataset, RawSample
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
 from shapeloom.data_pipes.raw_batch import RawBatch, raw_batch
-from shapeloom.data_pipes.remote_shards import RemoteShards, is_remote, open_shards
+from shapeloom.data_pipes.remote_shards import RemoteSource, is_remote, open_shards
 from shapeloom.data_pipes.shard_folder import ShardFolder
 from shapeloom.data_pipes.shards import INDEX, MANIFEST
 from shapeloom.data_pipes.stream import StreamBatches, StreamOrder, buffered
@@ -40,7 +40,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RemoteShards, "retry_after_s", (0.0, 0.0))
+    monkeypatch.setattr(RemoteSource, "retry_after_s", (0.0, 0.0))
 
 
 def uids(items: list[tuple[RawSample, np.random.Generator]]) -> list[str]:
@@ -364,11 +364,11 @@ def test_a_stage_streams_what_is_named_by_a_url(raw: Path, tmp_path: Path, stage
     ("url", "words"),
     [
         ("pipe:cat nowhere", "must have {name}"),
-        ("pipe:ls /nowhere/{name}", r"manifest\.json cannot be read from .* \(the command ended with 2: .*nowhere"),
+        ("pipe:ls /nowhere/{name}", r"manifest\.json cannot be had .*the command ended with 2: .*nowhere"),
         ("memory://nowhere", r"memory://nowhere has no manifest\.json"),
-        ("gs://bucket/raw", "gs:// is read with a package that is not installed .*gcsfs"),
-        ("nonsense://a/b", "nonsense://a/b is not understood"),
-        ("http://127.0.0.1:9/raw", r"manifest\.json cannot be read from http://127\.0\.0\.1:9/raw"),
+        ("gs://bucket/raw", "gs://bucket/raw needs a package that is not installed .*gcsfs"),
+        ("nonsense://a/b", "nonsense://a/b is of a kind that is not known"),
+        ("http://127.0.0.1:9/raw", r"http://127\.0\.0\.1:9/raw/manifest\.json cannot be had .*refused"),
     ],
 )
 def test_what_cannot_be_opened_is_told_in_a_sentence(url: str, words: str) -> None:
