@@ -175,9 +175,6 @@ class RemoteShards(ShardFolder):
     def _open_index(self) -> Any:
         if "index" in self.manifest:
             self._need(INDEX)
-        else:
-            for shard in self.manifest["shards"]:
-                self._index_file(shard["name"])
         return super()._open_index()
 
     def _index_file(self, shard: str) -> Path:

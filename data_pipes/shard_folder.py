@@ -227,6 +227,8 @@ class ShardFolder:
                 return index
         except (OSError, KeyError, TypeError, ValueError):
             pass
+        for shard in shards:
+            self._index_file(str(shard["name"]))  # brings it here
         with tempfile.NamedTemporaryFile(prefix="shapeloom-index-") as file:
             kept = join_indices(LocalStore(self._here), shards, Path(file.name))
             return Index.read(Path(file.name), kept)  # mapped, so that it stays readable without its name

@@ -311,7 +311,8 @@ def join_indices(store: Store, shards: list[dict[str, Any]], path: Path) -> dict
 
     Raises: UserError for one that is missing, damaged or of another shard, or for a uid that is there twice.
     """
-    kept = join(lambda: (_shard_index(store, shard) for shard in shards), path)
+    of = sha256_json([shard["sha256"] for shard in shards])
+    kept = join(lambda: (_shard_index(store, shard) for shard in shards), of, path)
     index, uids = Index.read(path, kept), Hashes()
     for i in range(len(index)):
         uids.add(index.uid[i].decode())

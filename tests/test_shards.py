@@ -208,7 +208,7 @@ def everything(shards: ShardFolder) -> list:
     return [(uid, shards.splits(i), shards.suffixes(i), shards.read(uid)) for i, uid in enumerate(shards.uids)]
 
 
-@pytest.mark.parametrize("harm", ["missing", "cut", "of another folder", "not listed"])
+@pytest.mark.parametrize("harm", ["missing", "cut", "of another folder", "of other shards, as long", "not listed"])
 def test_without_the_index_of_the_folder_those_of_the_shards_do(tmp_path: Path, harm: str) -> None:
     """One shard has a sample with fewer members, and one more split, than the others."""
     begin_folder(tmp_path / "raw", format=RAW_FORMAT, settings=SETTINGS)
@@ -233,6 +233,8 @@ def test_without_the_index_of_the_folder_those_of_the_shards_do(tmp_path: Path, 
     elif harm == "of another folder":
         write_folder(tmp_path / "other")
         path.write_bytes((tmp_path / "other" / INDEX).read_bytes())
+    elif harm == "of other shards, as long":
+        path.write_bytes(path.read_bytes()[:-64] + b"0" * 64)
     else:
         fields = json.loads(manifest.read_text())
         del fields["index"]
