@@ -175,7 +175,7 @@ def _utf8(data: bytes) -> bytes:
 
 def _check_stl(data: bytes, limits: Limits) -> None:
     """A binary STL says how many triangles follow; a wrong number means a cut or forged file."""
-    if data[:5].lower() == b"solid" and b"facet" in data[:1000]:
+    if data[:5].lower() == b"solid" and (b"facet" in data[:1000] or b"endsolid" in data[:1000].lower()):
         return
     if len(data) < 84:
         raise Rejected("it is neither an ASCII nor a binary STL", "copy or download it again")
