@@ -1,8 +1,8 @@
-"""Triangles in a tree of boxes: nearest points, crossings of lines and winding numbers, for many points at once.
+"""Triangles in a tree of boxes: nearest points and winding numbers, for many points at once.
 
 All is computed in float64 by one thread. Boxes are halved at the middle of their triangles' centres along the longest
 axis; a leaf holds up to `LEAF` triangles.
-Shapes: F triangles, M nodes of the tree, N points, L lines.
+Shapes: F triangles, M nodes of the tree, N points.
 """
 
 from __future__ import annotations
@@ -44,22 +44,6 @@ class Bvh:
         turned_N = self._turned_F[place_N]
         weight_N3[turned_N] = weight_N3[turned_N][:, ::-1]
         return self._face_F[place_N], weight_N3, distance_N
-
-    def votes(self, xyz_N3: np.ndarray, direction_L3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of the 2 L rays from each point along the lines, both ways: the share [N] of those that meet more backs of
-        faces than fronts, and the mean [N] over all of the crossings that this leaves out.
-
-        The latter: backs less fronts, less one where that is positive. The winding number is the mean over all
-        directions of backs less fronts, so less the latter it is the share to which an endless number of rays tends.
-        """
-        return _votes(_rows(xyz_N3), _rows(direction_L3), self._triangle_F9, *self._tree)
-
-    def votes_on_sides(self, xyz_N3: np.ndarray, normal_N3: np.ndarray, step: float, direction_L3: np.ndarray):
-        """The shares of `votes` about `step` from points of faces, on the side of their normals and on the other.
-
-        In half the time, but along the line, not the normal: within a few `step` of an edge it may be beyond it.
-        """
-        return _side_votes(_rows(xyz_N3), _rows(normal_N3), step, _rows(direction_L3), self._triangle_F9, *self._tree)
 
     def winding_numbers(self, xyz_N3: np.ndarray) -> np.ndarray:
         """[N] float64: 1 inside a closed surface and 0 outside; in between near openings (Jacobson et al. 2013).
@@ -215,93 +199,6 @@ def _closest_on(x, y, z, triangle_F9, face):
     if squared < best:
         best, v, w = squared, 1 - along, along
     return best, v, w
-
-
-@compiled()
-def _votes(xyz_N3, direction_L3, triangle_F9, box_M6, node_M3):
-    share_N, left_out_N = np.zeros(len(xyz_N3)), np.zeros(len(xyz_N3))
-    stack = np.empty(STACK, np.int64)
-    n_rays = 2 * len(direction_L3)
-    for i in range(len(xyz_N3)):
-        x, y, z = xyz_N3[i, 0], xyz_N3[i, 1], xyz_N3[i, 2]
-        # Of two opposite rays from outside the box, one meets nothing: never more than half leave.
-        if _squared_to_box(x, y, z, box_M6, 0) > 0:
-            continue
-        leave, crossings = 0, 0
-        for k in range(len(direction_L3)):
-            dx, dy, dz = direction_L3[k, 0], direction_L3[k, 1], direction_L3[k, 2]
-            ahead, _, behind = _crossings(x, y, z, dx, dy, dz, 0.0, triangle_F9, box_M6, node_M3, stack)
-            leave += (ahead > 0) + (behind < 0)
-            crossings += ahead - behind
-        share_N[i], left_out_N[i] = leave / n_rays, (crossings - leave) / n_rays
-    return share_N, left_out_N
-
-
-@compiled()
-def _side_votes(xyz_N3, normal_N3, step, direction_L3, triangle_F9, box_M6, node_M3):
-    front_N, back_N = np.zeros(len(xyz_N3)), np.zeros(len(xyz_N3))
-    stack = np.empty(STACK, np.int64)
-    n_rays = 2 * len(direction_L3)
-    for i in range(len(xyz_N3)):
-        x, y, z = xyz_N3[i, 0], xyz_N3[i, 1], xyz_N3[i, 2]
-        front, back = 0, 0
-        for k in range(len(direction_L3)):
-            dx, dy, dz = direction_L3[k, 0], direction_L3[k, 1], direction_L3[k, 2]
-            rise = normal_N3[i, 0] * dx + normal_N3[i, 1] * dy + normal_N3[i, 2] * dz
-            if rise < 0:
-                dx, dy, dz, rise = -dx, -dy, -dz, -rise
-            # One line serves both sides: it is entered where it is `step` above the face, and as far below.
-            reach = step / max(rise, 0.1)
-            ahead, at, behind = _crossings(x, y, z, dx, dy, dz, reach, triangle_F9, box_M6, node_M3, stack)
-            front += (ahead > 0) + (at + behind < 0)
-            back += (ahead + at > 0) + (behind < 0)
-        front_N[i], back_N[i] = front / n_rays, back / n_rays
-    return front_N, back_N
-
-
-@compiled()
-def _crossings(x, y, z, dx, dy, dz, reach, triangle_F9, box_M6, node_M3, stack):
-    """Of a line through (x, y, z) along (dx, dy, dz): how many more faces it crosses from back to front than from front
-    to back, beyond `reach`, up to there, and before -`reach`. No component of the direction may be 0."""
-    ix, iy, iz = 1 / dx, 1 / dy, 1 / dz
-    ahead, at, behind = 0, 0, 0
-    stack[0] = 0
-    n_stack = 1
-    while n_stack:
-        n_stack -= 1
-        node = stack[n_stack]
-        t0, t1 = (box_M6[node, 0] - x) * ix, (box_M6[node, 3] - x) * ix
-        enter, leave = min(t0, t1), max(t0, t1)
-        t0, t1 = (box_M6[node, 1] - y) * iy, (box_M6[node, 4] - y) * iy
-        enter, leave = max(enter, min(t0, t1)), min(leave, max(t0, t1))
-        t0, t1 = (box_M6[node, 2] - z) * iz, (box_M6[node, 5] - z) * iz
-        enter, leave = max(enter, min(t0, t1)), min(leave, max(t0, t1))
-        if enter > leave + 1e-9:  # room for rounding
-            continue
-        child = node_M3[node, 2]
-        if child:
-            stack[n_stack], stack[n_stack + 1] = child, child + 1
-            n_stack += 2
-            continue
-        for face in range(node_M3[node, 0], node_M3[node, 1]):  # Moeller and Trumbore (1997)
-            px, py, pz = x - triangle_F9[face, 0], y - triangle_F9[face, 1], z - triangle_F9[face, 2]
-            bx, by, bz = triangle_F9[face, 3], triangle_F9[face, 4], triangle_F9[face, 5]
-            cx, cy, cz = triangle_F9[face, 6], triangle_F9[face, 7], triangle_F9[face, 8]
-            nx, ny, nz = by * cz - bz * cy, bz * cx - bx * cz, bx * cy - by * cx
-            facing = nx * dx + ny * dy + nz * dz  # positive: the line goes through the face from back to front
-            qx, qy, qz = py * dz - pz * dy, pz * dx - px * dz, px * dy - py * dx
-            v, w = -(cx * qx + cy * qy + cz * qz), bx * qx + by * qy + bz * qz
-            side = 1 if facing > 0 else -1
-            if facing == 0 or v * side < 0 or w * side < 0 or (v + w - facing) * side > 0:
-                continue
-            along = -(nx * px + ny * py + nz * pz) / facing
-            if along > reach:
-                ahead += side
-            elif along < -reach:
-                behind += side
-            else:
-                at += side
-    return ahead, at, behind
 
 
 @compiled()

@@ -120,33 +120,40 @@ class Solid:
     """
 
     def __init__(self, mesh: Mesh, n_dense: int = DENSE_SAMPLES) -> None:
-        from .bvh import Bvh  # here, for it imports numba
+        # Here, for they import numba.
+        from .bvh import Bvh
+        from .crossings import Crossings
 
         self.mesh = _without_twins(mesh)
         rng = np.random.Generator(np.random.Philox(0))
         n_dense = max(n_dense, min(4 * len(self.mesh.faces), MOST_SAMPLES))
         face_D, barycentric_D3 = _area_weighted(self.mesh, n_dense, rng)
         self._front_F3 = find_fronts(self.mesh, _points_on(self.mesh, face_D, barycentric_D3), rng)
-        self._faces = Bvh(self.mesh.triangles, self._front_F3)
-        dense = self._look_at(face_D, barycentric_D3)
-        self.hidden_share = float(np.mean(~dense.front_N & ~dense.back_N))
-        self.sheet_share = float(np.mean(dense.front_N & dense.back_N))
-        shown_D = dense.shown_N
-        if not shown_D.any():  # all glass, or a shape that the rules above do not fit
-            shown_D = np.ones(n_dense, bool)
-        self._sheet_D = dense.sheet_N[shown_D]
-        self.xyz = dense.xyz_N3[shown_D].astype(np.float32)
-        turned_D1 = np.where(dense.back_N & ~dense.front_N, -1, 1)[shown_D, None].astype(np.float32)
+        self._crossings = Crossings(self.mesh.triangles, self._front_F3)
+        # Faces so small that no sample fell on them are looked at too, each at its middle.
+        missed_F = np.setdiff1d(np.arange(len(self.mesh.faces)), face_D)
+        middle_F3 = np.full((len(missed_F), 3), 1 / 3, np.float32)
+        face_N = np.concatenate([face_D, missed_F])
+        looks = self._look_at(face_N, np.concatenate([barycentric_D3, middle_F3]))
+        front_D, back_D, shown_N, sheet_N = (
+            looks.front_N[:n_dense],
+            looks.back_N[:n_dense],
+            looks.shown_N,
+            looks.sheet_N,
+        )
+        self.hidden_share = float(np.mean(~front_D & ~back_D))
+        self.sheet_share = float(np.mean(front_D & back_D))
+        if not shown_N[:n_dense].any():  # all glass, or a shape that the rules above do not fit
+            shown_N[:n_dense] = True
+        shown_D = np.flatnonzero(shown_N[:n_dense])
+        self._sheet_D = sheet_N[shown_D]
+        self.xyz = looks.xyz_N3[shown_D].astype(np.float32)
+        turned_D1 = np.where(back_D & ~front_D, -1, 1)[shown_D, None].astype(np.float32)
         self.normal = self._front_F3[face_D[shown_D]] * turned_D1
-        self.rgb = np.rint(255 * dense.rgba_N4[shown_D, :3]).astype(np.uint8)
+        self.rgb = np.rint(255 * looks.rgba_N4[shown_D, :3]).astype(np.uint8)
         # Hardly a surface point is further than this from its nearest sample: three times their mean distance.
         self._gap = 3 * np.sqrt(self.mesh.face_areas.sum() / n_dense)
 
-        # Faces so small that no sample fell on them are looked at too, each at its middle.
-        missed_F = np.setdiff1d(np.arange(len(self.mesh.faces)), face_D)
-        missed = self._look_at(missed_F, np.full((len(missed_F), 3), 1 / 3, np.float32))
-        face_N, shown_N = np.concatenate([face_D, missed_F]), np.concatenate([shown_D, missed.shown_N])
-        sheet_N = np.concatenate([dense.sheet_N, missed.sheet_N])
         looks_F, shown_F, sheet_F = (
             np.bincount(face_N[which_N], minlength=len(self.mesh.faces))
             for which_N in (slice(None), shown_N, shown_N & sheet_N)
@@ -173,12 +180,16 @@ class Solid:
 
     def inside(self, xyz_N3: np.ndarray) -> np.ndarray:
         """[N] bool: by `SIGN_RAYS`, and by the winding number where they are undecided."""
-        share_N, _ = self._faces.votes(xyz_N3, _lines(SIGN_RAYS[0]))
+        from .bvh import Bvh
+
+        share_N, _ = self._crossings.votes(xyz_N3, _lines(SIGN_RAYS[0]))
         open_M = np.flatnonzero((share_N > 0) & (share_N < 1))
-        share_N[open_M], left_out_M = self._faces.votes(xyz_N3[open_M], _lines(SIGN_RAYS[1]))
+        share_N[open_M], left_out_M = self._crossings.votes(xyz_N3[open_M], _lines(SIGN_RAYS[1]))
         undecided_M = np.abs(share_N[open_M] - 0.5) <= UNDECIDED
         open_K = open_M[undecided_M]
-        share_N[open_K] = self._faces.winding_numbers(xyz_N3[open_K]) - left_out_M[undecided_M] - SHEET_MARGIN
+        if len(open_K):
+            winding_K = Bvh(self.mesh.triangles, self._front_F3).winding_numbers(xyz_N3[open_K])
+            share_N[open_K] = winding_K - left_out_M[undecided_M] - SHEET_MARGIN
         return share_N > 0.5
 
     def nearest(self, xyz_N3: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -202,12 +213,12 @@ class Solid:
     def _look_at(self, face_N: np.ndarray, barycentric_N3: np.ndarray) -> _Looks:
         """What is on either side of points on faces, and their colours."""
         xyz_N3, normal_N3 = _points_on(self.mesh, face_N, barycentric_N3), self._front_F3[face_N]
-        share_2N = np.array(self._faces.votes_on_sides(xyz_N3, normal_N3, STEP_OFF, _lines(SIDE_RAYS[0])))
+        share_2N = np.array(self._crossings.votes_on_sides(xyz_N3, normal_N3, STEP_OFF, _lines(SIDE_RAYS[0])))
         # Empty in front and full behind is as it should be; what seems otherwise is looked at more closely.
         open_M = np.flatnonzero((share_2N[0] > 0) | (share_2N[1] < 1))
-        for side, step in enumerate((STEP_OFF, -STEP_OFF)):
-            beside_M3 = xyz_N3[open_M] + step * normal_N3[open_M]
-            share_2N[side, open_M] = self._faces.votes(beside_M3, _lines(SIDE_RAYS[1]))[0]
+        step_M3 = STEP_OFF * normal_N3[open_M]
+        beside_L3 = np.concatenate([xyz_N3[open_M] + step_M3, xyz_N3[open_M] - step_M3])
+        share_2N[:, open_M] = self._crossings.votes(beside_L3, _lines(SIDE_RAYS[1]))[0].reshape(2, -1)
         front_N, back_N = share_2N <= 0.5
         return _Looks(xyz_N3, front_N, back_N, self.mesh.albedo(face_N, barycentric_N3))
 

@@ -55,28 +55,6 @@ def test_winding_numbers_are_the_solid_angles_of_all_faces() -> None:
     assert away == pytest.approx(-bvh.winding_numbers(xyz_N3), abs=1e-12)
 
 
-def test_votes_count_every_crossing_and_tend_to_the_winding_number() -> None:
-    inner, outer = trimesh.creation.icosphere(2, 0.4), trimesh.creation.icosphere(2, 0.8)
-    triangles_F33 = np.concatenate([inner.triangles, outer.triangles])
-    bvh = Bvh(triangles_F33, normals(triangles_F33))
-    xyz_N3 = np.array([[0.1, 0, 0], [0.6, 0, 0], [0.79, 0.79, 0], [0.9, 0, 0]])
-    lines_L3 = np.random.default_rng(0).standard_normal((50, 3))
-    share_N, left_out_N = bvh.votes(xyz_N3, lines_L3)
-    assert share_N.tolist() == [1, 1, 0, 0] and left_out_N[0] == 1  # within both every ray leaves twice
-    open_F33 = trimesh.creation.icosphere(3, 0.8).triangles
-    open_F33 = open_F33[open_F33[:, :, 2].max(axis=1) < 0.5]
-    lines_L3 = np.random.default_rng(0).standard_normal((8000, 3))
-    share_N, left_out_N = Bvh(open_F33, normals(open_F33)).votes(xyz_N3[:2], lines_L3)
-    assert share_N + left_out_N == pytest.approx(winding_numbers(open_F33, xyz_N3[:2]), abs=0.02)
-
-
-def test_both_sides_of_a_face_are_seen_along_one_line() -> None:
-    shape = trimesh.creation.box((1, 1, 1))
-    bvh = Bvh(shape.triangles, shape.face_normals)
-    front_F, back_F = bvh.votes_on_sides(shape.triangles_center, shape.face_normals, 1e-4, points(6))
-    assert front_F.tolist() == [0] * 12 and back_F.tolist() == [1] * 12
-
-
 def test_many_triangles_in_one_place_make_no_endless_tree() -> None:
     triangles_F33 = np.tile(soup()[:1], (5000, 1, 1))
     distance_N = Bvh(triangles_F33, normals(triangles_F33)).closest(points(3))[2]
