@@ -1,7 +1,8 @@
 """Path-traced views by Blender's Cycles, for those who want them: the interface of render.py.
 
 Blender is a separate program, started as one and spoken to through files: found on the PATH as `blender`, or where
-SHAPELOOM_BLENDER says. What it runs is blender_script.py.
+SHAPELOOM_BLENDER says, which may be the Python of another environment with the package bpy (it wants an older NumPy).
+What it runs is blender_script.py.
 
 Unlit colour, alpha, depth and normals are what `render.render` gives, but for where in a pixel the samples are. Lit
 views are path traced under a light rig of the same strength: a sun that is fixed to the camera, above and left of it,
@@ -37,7 +38,10 @@ from .render import AMBIENT, DIFFUSE, LIGHT_IN_CAMERA, TEXTURELESS_ALBEDO, Views
 __all__ = ["Blender", "BlenderSettings", "find_blender", "render"]
 
 SCRIPT = Path(__file__).with_name("blender_script.py")
-INSTALL = "install Blender 3.4 or newer from blender.org and put it on the PATH, or set SHAPELOOM_BLENDER to its path"
+INSTALL = (
+    "install Blender 3.4 or newer from blender.org and put it on the PATH, or set SHAPELOOM_BLENDER to its path or to "
+    "the python of an environment with bpy"
+)
 SUN_ANGLE = 0.1  # radians across; soft shadows
 LAYERS = 64  # see-through surfaces along one ray; behind as many it is black
 SMALLEST_SIDE = 4  # of Blender's pictures, in pixels
@@ -162,7 +166,9 @@ class Blender:
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None:
             options = ["--background", "--factory-startup", "--python-exit-code", "1", "--python", str(SCRIPT)]
-            if self.settings.threads:
+            if Path(self.program).name.startswith("python"):
+                options = [str(SCRIPT)]
+            elif self.settings.threads:
                 options = ["--threads", str(self.settings.threads), *options]
             try:
                 with open(self._log, "wb") as log:

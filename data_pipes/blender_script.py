@@ -18,6 +18,7 @@ import bpy
 OLDEST = (3, 4, 0)
 LENS = 1000.0  # millimetres; the sensor, which may not be smaller than 1 mm, makes the focal length
 NO_ALPHA = 1e-6
+BLACK = 2e-5  # linear light, still the byte 0: Blender 5 takes a surface of less for one that is not there
 
 
 class Refused(Exception):
@@ -151,7 +152,7 @@ def make_material(spec, images, job, textureless, lit):
         color, alpha = times(nodes, color, alpha, texel)
     if job["has_rgba"]:
         color, alpha = times(nodes, color, alpha, nodes.add("Attribute", attribute_name="rgba"))
-    color = nodes.vector("MINIMUM", nodes.vector("MAXIMUM", color, (0, 0, 0)), (1, 1, 1))
+    color = nodes.vector("MINIMUM", nodes.vector("MAXIMUM", color, (BLACK,) * 3), (1, 1, 1))
     if spec["alpha_mode"] == "OPAQUE":
         alpha = 1.0
     elif spec["alpha_mode"] == "MASK":

@@ -242,6 +242,14 @@ def test_a_missing_blender_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert find_blender() == str(tmp_path / "blender")
 
 
+def test_the_python_of_an_environment_with_bpy_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = Path(fake(tmp_path, f'echo "$@" > {tmp_path}/given; exit 3')).rename(tmp_path / "python3.11")
+    monkeypatch.setenv("SHAPELOOM_BLENDER", str(program))
+    with pytest.raises(UserError, match="exit code 3"):
+        render_a_box()
+    assert (tmp_path / "given").read_text().split() == [str(SCRIPT)]
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
