@@ -24,7 +24,7 @@ from .captions import NO_TEXT, AssetText
 from .hashes import Hashes
 from .places import Place, is_known
 from .shards import ShardInfo, index_name
-from .store import Store
+from .store import Store, side_by_side
 
 __all__ = ["Copy", "Entry", "Ledger", "Make", "Part", "Settle", "ShardTask", "new_uids", "plan", "shard_name"]
 
@@ -108,7 +108,8 @@ class Ledger:
     def finished(self) -> Iterator[Part]:
         """The parts whose shards are there, one at a time."""
         sizes = self.store.sizes()
-        return (part for number in self.numbers() if (part := self.finished_part(number, sizes)) is not None)
+        parts = side_by_side(self.store, lambda number: self.finished_part(number, sizes), self.numbers())
+        return (part for part in parts if part is not None)
 
     def finished_part(self, number: int, sizes: Mapping[str, int] | None = None) -> Part | None:
         """A part whose shard is there, among files of these sizes."""

@@ -34,7 +34,7 @@ from .hashes import Hashes
 from .index import INDEX, Index, join
 from .raw_sample import encode_raw_sample
 from .sample_bytes import crc32
-from .store import LocalStore, Store, store_at
+from .store import LocalStore, Store, side_by_side, store_at
 
 __all__ = [
     "FinishedShard",
@@ -312,7 +312,7 @@ def join_indices(store: Store, shards: list[dict[str, Any]], path: Path) -> dict
     Raises: UserError for one that is missing, damaged or of another shard, or for a uid that is there twice.
     """
     of = sha256_json([shard["sha256"] for shard in shards])
-    kept = join(lambda: (_shard_index(store, shard) for shard in shards), of, path)
+    kept = join(lambda: side_by_side(store, lambda shard: _shard_index(store, shard), shards), of, path)
     index, uids = Index.read(path, kept), Hashes()
     for i in range(len(index)):
         uids.add(index.uid[i].decode())

@@ -9,17 +9,22 @@ import contextlib
 import os
 import posixpath
 import tempfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ..errors import UserError
 from ..files import ASIDE, write_atomic
 from .urls import as_user_errors, is_http, is_url, open_filesystem, without_secrets
 
-__all__ = ["LocalStore", "RemoteStore", "Store", "store_at"]
+__all__ = ["LocalStore", "RemoteStore", "Store", "side_by_side", "store_at"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # Here an upload shows once it is whole, so that it needs no name beside the final one.
 _WHOLE_UPLOADS = {"s3", "s3a", "gs", "gcs", "abfs", "az", "adl", "oss", "memory"}
@@ -30,6 +35,10 @@ class Store(Protocol):
 
     def where(self, name: str = "") -> str:
         """The folder, or a file in it, as users know it."""
+
+    @property
+    def at_once(self) -> int:
+        """How many small files are best read side by side."""
 
     def is_new(self) -> bool:
         """Whether there is nothing in it, but for what a killed run wrote aside."""
@@ -56,6 +65,25 @@ class Store(Protocol):
         """Without complaint where it is not there."""
 
 
+def side_by_side(store: Store, read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """read(item) of each in their order, a few ahead of their turn where the store is far away."""
+    if store.at_once == 1:
+        yield from map(read, items)
+        return
+    with ThreadPoolExecutor(store.at_once, thread_name_prefix="store") as threads:
+        coming: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                coming.append(threads.submit(read, item))
+                if len(coming) > 2 * store.at_once:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            for future in coming:
+                future.cancel()
+
+
 def store_at(out: str | Path | Store) -> Store:
     """The store that a path or a URL names. Raises UserError for a URL that cannot be used, or a path to a file."""
     if not isinstance(out, (str, Path)):
@@ -76,6 +104,10 @@ class LocalStore:
     """A folder on this machine's disks."""
 
     folder: Path
+
+    @property
+    def at_once(self) -> int:
+        return 1
 
     def where(self, name: str = "") -> str:
         return str(self.folder / name)
@@ -120,6 +152,10 @@ class RemoteStore:
     @cached_property
     def _opened(self) -> tuple[Any, str]:
         return open_filesystem(self.url)
+
+    @property
+    def at_once(self) -> int:
+        return 16
 
     @property
     def filesystem(self) -> Any:

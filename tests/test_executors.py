@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import trimesh
 
 from shapeloom.data_pipes import executors
 from shapeloom.data_pipes.build import BuildSettings, build
-from shapeloom.data_pipes.store import LocalStore, RemoteStore, store_at
+from shapeloom.data_pipes.store import LocalStore, RemoteStore, side_by_side, store_at
 from shapeloom.data_pipes.verify import verify
 from shapeloom.errors import UserError
 from shapeloom.files import ASIDE
@@ -156,3 +157,17 @@ def test_wrong_urls_are_told_in_a_sentence() -> None:
         store_at("nosuch://bucket/raw")
     with pytest.raises(UserError, match="pip install s3fs"):
         store_at("s3://bucket/raw")
+
+
+def test_small_files_far_away_are_read_side_by_side_in_order() -> None:
+    store = RemoteStore("memory://far")
+    together = threading.Barrier(store.at_once)  # each waits for as many as are said to be read at once
+
+    def read(n: int) -> int:
+        together.wait(timeout=30)
+        return n
+
+    assert list(side_by_side(store, read, range(2 * store.at_once))) == list(range(2 * store.at_once))
+    with pytest.raises(ZeroDivisionError):
+        list(side_by_side(store, lambda n: 1 // (40 - n), range(100)))
+    assert list(side_by_side(LocalStore(Path("here")), lambda n: n, range(3))) == [0, 1, 2]
