@@ -99,27 +99,28 @@ def write_json(path: str | Path, obj: Any) -> None:
     write_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path, what: str = "file", *, limit_bytes: int = 256 << 20) -> Any:
+def read_json(path: str | Path, what: str = "file", *, limit_bytes: int = 256 << 20, shown: object = None) -> Any:
     """Read a JSON file.
 
     Args:
         what: what the file is to the user, for the message ("the manifest of the shards").
         limit_bytes: a larger file is refused, so that a hostile one cannot fill the memory.
+        shown: the file's name for the message, where that is not its path.
     Raises: UserError naming the file and the problem.
     """
-    path = Path(path)
+    path, shown = Path(path), shown or path
     try:
         size = path.stat().st_size
         if size > limit_bytes:
-            raise UserError(f"{what} {path} is {size} bytes long, more than the {limit_bytes} allowed")
+            raise UserError(f"{what} {shown} is {size} bytes long, more than the {limit_bytes} allowed")
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise UserError(f"{what} {path} does not exist") from None
+        raise UserError(f"{what} {shown} does not exist") from None
     except UnicodeDecodeError:
-        raise UserError(f"{what} {path} is not UTF-8 text, so it is not JSON") from None
+        raise UserError(f"{what} {shown} is not UTF-8 text, so it is not JSON") from None
     except OSError as error:
-        raise UserError(f"{what} {path} cannot be read ({error.strerror or error})") from None
-    return parse_json(text, f"{what} {path}")
+        raise UserError(f"{what} {shown} cannot be read ({error.strerror or error})") from None
+    return parse_json(text, f"{what} {shown}")
 
 
 def parse_json(text: str | bytes, what: str) -> Any:

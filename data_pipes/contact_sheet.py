@@ -168,7 +168,7 @@ def sheet_of_raw(
         images = [decode_webp(shards.read(i, [front])[front], f"{shards.uids[i]}.{front}") for i in picks]
         size = (images[0].shape[1], images[0].shape[0])
         captions = [(shards.read_json(i)["captions"] or [shards.uids[i]])[0] for i in picks]
-        title = f"{Path(str(shards.folder)).name}{f' / {split}' if split else ''}: {len(picks)} of {len(chosen)}"
+        title = f"{shards.title}{f' / {split}' if split else ''}: {len(picks)} of {len(chosen)}"
         tile = max(128, min(192, size[0]))
         sheet = contact_sheet([composite(image) for image in images], captions, columns=8, tile=tile, title=title)
         picture = Path(out_png or (SHEET if is_remote(folder) else Path(folder) / SHEET))

@@ -80,13 +80,16 @@ class Crossings:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of the lines through points: how many more faces [N] they cross from back to front than from front to back,
         beyond `reach`, up to there, and before -`reach`."""
+        if not len(xyz_N3):  # nor is a grid needed
+            return (np.zeros(0, np.int64),) * 3
         axes_33 = _axes(direction_3)
         flat_F9 = _in_axes(self._corners_F9.reshape(-1, 3), axes_33).reshape(-1, 9)
         n = min(max(int(math.sqrt(len(flat_F9))), 48), MOST_CELLS)
+        most = MOST_ENTRIES * len(flat_F9) + MOST_CELLS
         while True:
             grid_4 = _grid(flat_F9, n)
-            start_C = _starts(flat_F9, grid_4, n)
-            if start_C[-1] <= MOST_ENTRIES * len(flat_F9) + MOST_CELLS or n <= 4:
+            start_C = _starts(flat_F9, grid_4, n, most if n > 4 else np.iinfo(np.int64).max)
+            if len(start_C):
                 break
             n //= 2
         face_E = _entries(flat_F9, grid_4, n, start_C)
@@ -164,15 +167,19 @@ def _reached_of_row(row, pa, pb, qa, qb, ra, rb, first_row, last_row, first, las
 
 
 @compiled()
-def _starts(flat_F9, grid_4, n):
-    """[C + 1] where each cell's list begins among those of all cells, row by row, and where the last one ends."""
-    start_C = np.zeros(n * n + 1, np.int64)
+def _starts(flat_F9, grid_4, n, most):
+    """[C + 1] where each cell's list begins among those of all cells, row by row, and where the last one ends; [0] if
+    there are more than `most` entries."""
+    start_C, total = np.zeros(n * n + 1, np.int64), 0
     for face in range(len(flat_F9)):
         pa, pb, qa, qb, ra, rb, first_row, last_row, first, last = _reached(flat_F9, face, grid_4, n)
         for row in range(first_row, last_row + 1):
             i0, i1 = _reached_of_row(row, pa, pb, qa, qb, ra, rb, first_row, last_row, first, last, n)
+            total += i1 - i0 + 1
             for column in range(i0, i1 + 1):
                 start_C[row * n + column + 1] += 1
+        if total > most:
+            return start_C[:0]
     for cell in range(n * n):
         start_C[cell + 1] += start_C[cell]
     return start_C

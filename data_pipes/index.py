@@ -70,8 +70,10 @@ class Index:
         """Map the columns. Raises OSError, KeyError, TypeError or ValueError if the file is not what `kept` says."""
         with open(path, "rb") as file:
             uid, split, layout, first, place = (_mapped(file, kind) for kind in _KINDS)
-            of = kept.get("of", "").encode()  # older ones do not say
-            if file.read(len(of)) != of or not kept["bytes"] == file.tell() == path.stat().st_size:
+            n_bytes, of = kept["bytes"], kept.get("of", "")  # older ones do not say of which shards they are
+            if not isinstance(of, str) or file.read(len(of.encode())) != of.encode():
+                raise ValueError(f"{path} is not of this folder")
+            if not n_bytes == file.tell() == path.stat().st_size:
                 raise ValueError(f"{path} is not of this folder")
         layouts = tuple(tuple(names) for names in kept["layouts"])
         n = len(uid)
@@ -104,7 +106,7 @@ _KINDS = ("S", "|u1", "<u2", "<i8", "<i8")
 
 
 def join(parts: Callable[[], Iterable[Index]], of: str, path: Path) -> dict[str, Any]:
-    """Write one index of several, in their order, holding one of them at a time.
+    """Write one index of several, in their order, holding one of them at a time (and what `parts` has ahead).
 
     Args:
         parts: gives them, twice.

@@ -99,14 +99,18 @@ class Ledger:
         return sorted(int(match[1]) for match in found if match)
 
     def read(self, number: int) -> Part | None:
-        """A part, or None if it is damaged."""
+        """A part, or None if it is damaged or there is none. Raises UserError where it cannot be had now."""
         try:
-            return Part.from_json(number, parse_json(self.store.read(_part_name(number)), "the record of a shard"))
-        except (UserError, KeyError, TypeError, AttributeError, FileNotFoundError):
+            data = self.store.read(_part_name(number))
+        except FileNotFoundError:
+            return None
+        try:
+            return Part.from_json(number, parse_json(data, "the record of a shard"))
+        except (UserError, KeyError, TypeError, AttributeError):
             return None
 
     def finished(self) -> Iterator[Part]:
-        """The parts whose shards are there, one at a time."""
+        """The parts whose shards are there, one after the other."""
         sizes = self.store.sizes()
         parts = side_by_side(self.store, lambda number: self.finished_part(number, sizes), self.numbers())
         return (part for part in parts if part is not None)

@@ -22,12 +22,22 @@ import fsspec
 from ..errors import UserError
 from .limits import Limits, Rejected
 from .places import UNKNOWN, Stamp, is_hidden
-from .urls import HttpFolder, as_user_errors, is_http, open_filesystem, retried, told, without_secrets
+from .urls import (
+    HttpFolder,
+    as_user_errors,
+    is_full_disk,
+    is_http,
+    length_of,
+    open_filesystem,
+    pieces,
+    retried,
+    told,
+    without_secrets,
+)
 
 __all__ = ["RemoteFolder", "found_at"]
 
 RETRY_AFTER_S = (1.0, 4.0)
-_PIECE = 1 << 20
 _LISTING_BYTES = 64 << 20  # of one page
 _MOST_FOLDERS = 100_000
 # Whatever a store calls what changes with a file's content, the surest first.
@@ -65,7 +75,7 @@ class RemoteFolder:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._download(name, path, limits)
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if is_full_disk(error):
                     hint = "set TMPDIR to a folder on a larger disk"
                     raise Rejected("there is no room to download it", hint, kind="unavailable") from None
                 raise Rejected(f"it cannot be downloaded ({error.strerror or error})") from None
@@ -79,7 +89,7 @@ class RemoteFolder:
         def read() -> bytes | None:
             try:
                 with _transport(self.url).open(name) as source:
-                    return b"".join(_pieces(source, most + 1))
+                    return b"".join(pieces(source, most + 1))
             except (FileNotFoundError, IsADirectoryError):
                 return None
 
@@ -90,8 +100,8 @@ class RemoteFolder:
         def write() -> None:
             n_bytes = 0
             with open(path, "wb") as file, _transport(self.url).open(name) as source:
-                limits.check("bytes", _length(source) or 0, limits.file_bytes)
-                for piece in _pieces(source, limits.file_bytes + 1):
+                limits.check("bytes", length_of(source) or 0, limits.file_bytes)
+                for piece in pieces(source, limits.file_bytes + 1):
                     n_bytes += len(piece)
                     limits.check("bytes", n_bytes, limits.file_bytes)
                     file.write(piece)
@@ -184,7 +194,7 @@ class _Http:
         with self._folder.get(self._folder.itself) as answer:
             if answer.headers.get_content_type() == "text/html":  # a listing
                 return None
-            return [_length(answer), answer.headers.get("ETag") or answer.headers.get("Last-Modified")]
+            return [length_of(answer), answer.headers.get("ETag") or answer.headers.get("Last-Modified")]
 
     def files(self) -> dict[str, Stamp]:
         found: dict[str, Stamp] = {}
@@ -215,7 +225,7 @@ class _Http:
         address = self._folder.address(f"{folder}/" if folder else "")
         page = address.partition("?")[0]
         with self._folder.get(address) as answer:
-            data = b"".join(_pieces(answer, _LISTING_BYTES + 1))
+            data = b"".join(pieces(answer, _LISTING_BYTES + 1))
         if len(data) > _LISTING_BYTES:
             raise UserError(f"{page} is a list of more than {_LISTING_BYTES >> 20} MB: give folders with fewer files")
         links = _Links()
@@ -269,29 +279,13 @@ def _rejecting(what: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
+        if is_full_disk(error) or (isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG):
             raise
         reason, hint = told(error)
         raise Rejected(f"{what} {reason}", hint, kind="unavailable") from error
 
 
 # ----------------------------------------------------------------------------------------------------------- names
-
-
-def _pieces(source: IO[bytes], most: int) -> Iterator[bytes]:
-    """What a stream holds, at most so many bytes of it. Raises: ConnectionError if it ends before it should."""
-    length, n_bytes = _length(source), 0
-    while n_bytes < most and (piece := source.read(min(_PIECE, most - n_bytes))):
-        n_bytes += len(piece)
-        yield piece
-    if n_bytes < min(length or 0, most):
-        raise ConnectionError(f"it ends after {n_bytes:,} of {length:,} bytes")
-
-
-def _length(source: Any) -> int | None:
-    """What a stream that was just opened says of its bytes, if it does."""
-    lengths = (getattr(source, name, None) for name in ("size", "length"))
-    return next((length for length in lengths if type(length) is int), None)
 
 
 def _split(url: str) -> tuple[str, str]:

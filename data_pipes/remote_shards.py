@@ -34,9 +34,9 @@ from ..files import ASIDE
 from .index import INDEX
 from .sample_bytes import ByteSource, Damaged
 from .shard_folder import ShardFolder
-from .shards import MANIFEST, RAW_FORMAT, index_path
+from .shards import MANIFEST, RAW_FORMAT, index_name
 from .store import LocalStore
-from .urls import HttpFolder, as_user_errors, is_http, is_url, open_filesystem, retried, without_secrets
+from .urls import HttpFolder, as_user_errors, is_http, is_url, open_filesystem, pieces, retried, without_secrets
 
 __all__ = ["RemoteShards", "RemoteSource", "is_remote", "lacks", "open_shards", "source_at"]
 
@@ -96,21 +96,28 @@ class RemoteSource:
         with self._telling(f"{self.where(name)}, from byte {offset} on,"):
             return retried(fetch, self.retry_after_s)
 
-    def fetch(self, name: str, path: Path) -> None:
+    @property
+    def says_what_is_not_there(self) -> bool:
+        return not self._shown.startswith(_PIPE)
+
+    def fetch(self, name: str, path: Path, *, retry: bool = True) -> None:
         """Copy a file to `path`. Raises as `open`."""
+
+        _refuse_odd(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
 
         def fetch() -> None:
             aside = path.with_name(f"{path.name}{ASIDE}{threading.get_ident()}")
             try:
                 with contextlib.closing(self.open(name)) as there, open(aside, "wb") as here:
-                    shutil.copyfileobj(there, here, 1 << 20)
+                    for piece in pieces(there):
+                        here.write(piece)
                 os.replace(aside, path)
             finally:
                 aside.unlink(missing_ok=True)
 
-        path.parent.mkdir(parents=True, exist_ok=True)
         with self._telling(self.where(name)):
-            retried(fetch, self.retry_after_s)
+            retried(fetch, self.retry_after_s if retry else ())
 
     @contextlib.contextmanager
     def local(self, name: str) -> Iterator[Path]:
@@ -140,32 +147,32 @@ class RemoteShards(ShardFolder):
         self.retry_after_s = self._source.retry_after_s
         self._fetched = Path(tempfile.mkdtemp(prefix="shapeloom-index-"))
         weakref.finalize(self, shutil.rmtree, self._fetched, ignore_errors=True)
-        self._need(MANIFEST)
-        super().__init__(self._fetched, format, damaged)
-        self.folder = self._source.where()
+        try:
+            self._source.fetch(MANIFEST, self._fetched / MANIFEST)
+        except FileNotFoundError:
+            raise lacks(self._source.where(), MANIFEST) from None
+        super().__init__(self._fetched, format, damaged, shown=self._source.where())
+
+    @property
+    def title(self) -> str:
+        sure = self._source.says_what_is_not_there  # a command may hold secrets
+        return (self._source.where().rstrip("/").rpartition("/")[2] if sure else "") or "raw shards"
 
     def open(self, name: str, offset: int = 0, size: int | None = None) -> ByteSource:
         return self._source.open(name, offset, size)
 
     def local(self, name: str) -> Path:
-        path = self._fetched / name
+        path = super().local(name)
         if not path.is_file():
+            sure = self._source.says_what_is_not_there
             try:
-                self._source.fetch(name, path)
+                self._source.fetch(name, path, retry=sure)
             except FileNotFoundError:
                 pass
-            except UserError:
-                if not self._source.where().startswith(_PIPE):  # a command does not say what is not there
+            except UserError as error:
+                # What may be read but not listed is refused where it is not there, by S3 for one.
+                if sure and not isinstance(error.__cause__, PermissionError):
                     raise
-        return path
-
-    def _need(self, name: str) -> Path:
-        path = self._fetched / name
-        try:
-            if not path.is_file():
-                self._source.fetch(name, path)
-        except FileNotFoundError:
-            raise lacks(self._source.where(), name) from None
         return path
 
     def _fault(self, shard: dict[str, Any]) -> str:
@@ -173,12 +180,15 @@ class RemoteShards(ShardFolder):
         return ""  # that one is missing or short shows when it is read
 
     def _open_index(self) -> Any:
-        if "index" in self.manifest:
-            self._need(INDEX)
+        self.local(INDEX)  # where it cannot be had, the shards' own indices serve
         return super()._open_index()
 
     def _index_file(self, shard: str) -> Path:
-        return self._need(index_path(Path(shard)).name)
+        name = index_name(Path(shard).name)
+        path = self.local(name)
+        if not path.is_file():
+            raise lacks(self._source.where(), name)
+        return path
 
 
 def lacks(folder: str, name: str) -> UserError:
@@ -201,7 +211,8 @@ def _opener(url: str) -> Callable[[str, int, int | None], ByteSource]:
             raise UserError(f"'{url}' must have {{name}} where the file's name goes: pipe:curl -s URL/{{name}}")
         return lambda name, offset, size: _Output(command.replace("{name}", shlex.quote(name)), offset)
     if is_http(url):
-        folder = HttpFolder(url)
+        with as_user_errors(without_secrets(url)):
+            folder = HttpFolder(url)
         return lambda name, offset, size: folder.get(folder.address(name), offset, size)
     return _fsspec_opener(url)
 

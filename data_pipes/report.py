@@ -92,7 +92,7 @@ def _page(
     doubles: Mapping[str, Doubles] | None,
     count: int,
 ) -> str:
-    title = safe(_name(shards) or "raw shards")
+    title = safe(shards.title)
     css = Path(__file__).with_suffix(".css").read_text("utf-8")
     sections = [
         _contact_sheet(shards, count),
@@ -116,12 +116,6 @@ def _page(
         f'<header><p class="kind">Data report</p><h1>{title}</h1>{_overview(shards, found, rejections, doubles)}'
         f"<nav>{links}</nav></header>\n{''.join(sections)}</main></body></html>\n"
     )
-
-
-def _name(shards: ShardFolder) -> str:
-    """The last part of the folder's path or URL."""
-    folder = shards.folder.resolve() if isinstance(shards.folder, Path) else Path(shards.folder)
-    return folder.name
 
 
 def _overview(

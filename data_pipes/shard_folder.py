@@ -31,14 +31,23 @@ class ShardFolder:
 
     Args:
         damaged: what a shard that is missing or of another size means here: "fatal" raises, "skip" says so on stderr.
+        shown: the folder's name for people, where that is not its path.
     Raises: UserError where something is missing, unfinished, cut short or of another format.
     """
 
     folder: Any  # Path; the URL of a remote one
     retry_after_s: tuple[float, ...] = ()  # pauses after which what could not be read is asked for again
 
-    def __init__(self, folder: str | Path, format: str = RAW_FORMAT, damaged: Damaged = "fatal") -> None:
-        self.folder = self._here = Path(folder)
+    def __init__(
+        self,
+        folder: str | Path,
+        format: str = RAW_FORMAT,
+        damaged: Damaged = "fatal",
+        *,
+        shown: str | None = None,
+    ) -> None:
+        self._here = Path(folder)
+        self.folder = shown or self._here
         self.damaged = damaged
         self.faulty: set[str] = set()  # names of shards that are known, and were said, to be damaged
         self._crc32: dict[int, np.ndarray] = {}  # by shard
@@ -51,6 +60,11 @@ class ShardFolder:
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def title(self) -> str:
+        """What the folder is called on a page or a picture."""
+        return self._here.resolve().name or "raw shards"
 
     @property
     def uids(self) -> list[str]:
@@ -180,8 +194,8 @@ class ShardFolder:
     def _read_manifest(self, format: str) -> dict[str, Any]:
         if not self._here.is_dir():
             raise UserError(f"{self.folder} is not a folder of shards: it does not exist or is a file")
-        path = self._here / MANIFEST
-        manifest = read_json(path, "the manifest")
+        path = f"{self.folder}/{MANIFEST}"
+        manifest = read_json(self._here / MANIFEST, "the manifest", shown=path)
         if not isinstance(manifest, dict) or manifest.get("format") != format:
             found = manifest.get("format") if isinstance(manifest, dict) else None
             raise UserError(f"{path}: field 'format' must be '{format}', got {found!r}")
@@ -195,7 +209,7 @@ class ShardFolder:
     def _check(self, shard: dict[str, Any]) -> None:
         """Check that a shard is there and whole."""
         if not isinstance(shard, dict) or not {"name", "bytes", "sha256", "samples"} <= shard.keys():
-            raise UserError(f"{self._here / MANIFEST}: an entry of 'shards' lacks name, samples, bytes or sha256")
+            raise UserError(f"{self.folder}/{MANIFEST}: an entry of 'shards' lacks name, samples, bytes or sha256")
         if fault := self._fault(shard):
             self.pass_over(Path(str(shard["name"])).name, fault)
 

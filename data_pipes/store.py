@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from ..errors import UserError
 from ..files import ASIDE, write_atomic
-from .urls import as_user_errors, is_http, is_url, open_filesystem, without_secrets
+from .urls import as_user_errors, is_http, is_url, open_filesystem, retried, without_secrets
 
 __all__ = ["LocalStore", "RemoteStore", "Store", "side_by_side", "store_at"]
 
@@ -153,9 +153,12 @@ class RemoteStore:
     def _opened(self) -> tuple[Any, str]:
         return open_filesystem(self.url)
 
+    retry_after_s = (0.2, 1.0, 5.0)
+
     @property
     def at_once(self) -> int:
-        return 16
+        # Others (sftp, ftp) have one connection, and threads would take each other's answers.
+        return 16 if getattr(self.filesystem, "async_impl", False) else 1
 
     @property
     def filesystem(self) -> Any:
@@ -179,7 +182,7 @@ class RemoteStore:
 
     def read(self, name: str) -> bytes:
         with self._telling(name):
-            return self.filesystem.cat_file(self._path(name))
+            return retried(lambda: self.filesystem.cat_file(self._path(name)), self.retry_after_s)
 
     def write(self, name: str, data: bytes | str) -> None:
         with self._telling(name), self._whole(name) as path:

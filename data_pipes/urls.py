@@ -10,7 +10,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import http.client
 import io
+import math
 import re
 import time
 import urllib.error
@@ -21,13 +23,17 @@ from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from ..errors import UserError
+from .sample_bytes import ByteSource
 
 __all__ = [
     "HttpFolder",
     "as_user_errors",
+    "is_full_disk",
     "is_http",
     "is_url",
+    "length_of",
     "open_filesystem",
+    "pieces",
     "retried",
     "told",
     "without_secrets",
@@ -35,6 +41,7 @@ __all__ = [
 
 Result = TypeVar("Result")
 
+_PIECE = 1 << 20
 TIMEOUT_S = 60.0  # a connection that says nothing for so long is broken
 _PACKAGES = {
     **dict.fromkeys(("s3", "s3a"), "s3fs"),
@@ -54,12 +61,12 @@ def is_url(folder: object) -> bool:
 
 
 def is_http(url: str) -> bool:
-    return urlsplit(url).scheme in ("http", "https")
+    return url.lower().startswith(("http://", "https://"))
 
 
 def without_secrets(url: str | Path) -> str:
     """A URL without what may be secret: passwords, and the query with its tokens."""
-    return re.sub(r"//[^/@]*@", "//", str(url).partition("?")[0])
+    return re.sub(r"//[^/]*@", "//", str(url).partition("?")[0])
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -74,13 +81,17 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
 
 class HttpFolder:
-    """A folder of a web server. What the URL's query says (a token, mostly) goes with every file."""
+    """A folder of a web server. What the URL's query says (a token, mostly) goes with every file.
+
+    Raises: ValueError for a URL that is none.
+    """
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         host = parts.netloc.rpartition("@")[2]
-        self.base = urlunsplit((parts.scheme, host, parts.path.rstrip("/") + "/", "", ""))
-        self.itself = urlunsplit((parts.scheme, host, parts.path, parts.query, ""))
+        path = quote(parts.path, safe="/%:+,;=@!$&'()*~")  # as a browser does with what is typed
+        self.base = urlunsplit((parts.scheme, host, path.rstrip("/") + "/", "", ""))
+        self.itself = urlunsplit((parts.scheme, host, path, parts.query, ""))
         self._query = f"?{parts.query}" if parts.query else ""
         self._user = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}" if parts.username else ""
 
@@ -118,19 +129,45 @@ class HttpFolder:
         return answer
 
 
+def pieces(source: ByteSource, most: float = math.inf) -> Iterator[bytes]:
+    """What a stream that was just opened holds, at most so many bytes of it.
+
+    Raises: ConnectionError if it ends before it should.
+    """
+    length, n_bytes = length_of(source), 0
+    while n_bytes < most and (piece := source.read(int(min(_PIECE, most - n_bytes)))):
+        n_bytes += len(piece)
+        yield piece
+    if n_bytes < min(length or 0, most):
+        raise ConnectionError(f"it ends after {n_bytes:,} of {length:,} bytes")
+
+
+def length_of(source: Any) -> int | None:
+    """What a stream that was just opened says of its bytes, if it does."""
+    lengths = (getattr(source, name, None) for name in ("size", "length"))
+    return next((length for length in lengths if type(length) is int), None)
+
+
 # ---------------------------------------------------------------------------------------------------- when it fails
 
 
 @contextlib.contextmanager
 def as_user_errors(what: str, protocol: str = "", *, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Every store has exceptions of its own: here they become UserError about `what`, except those of `but`."""
+    """Every store has exceptions of its own: here they become UserError about `what`, except those of `but`.
+
+    A full disk is this machine's, and left alone too.
+    """
     try:
         yield
     except Exception as error:
-        if isinstance(error, (UserError, MemoryError, *but)):
+        if isinstance(error, (UserError, MemoryError, *but)) or is_full_disk(error):
             raise
         reason, hint = told(error, protocol)
         raise UserError(f"{what} {reason}: {hint}") from error
+
+
+def is_full_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def told(error: Exception, protocol: str = "") -> tuple[str, str]:
@@ -141,6 +178,8 @@ def told(error: Exception, protocol: str = "") -> tuple[str, str]:
         return f"needs a package that is not installed ({line})", f"pip install {package}" if package else "install it"
     if isinstance(error, FileNotFoundError):
         return "is not there", "check its address"
+    if isinstance(error, http.client.InvalidURL):  # its text has all of the address
+        return "is no address", "write it as a browser shows it"
     if isinstance(error, PermissionError) or _is_about_credentials(error):
         return f"may not be read ({line})", "check the credentials in the environment, and that they allow reading"
     if isinstance(error, ValueError) and "rotocol not known" in line:
@@ -163,8 +202,11 @@ def retried(call: Callable[[], Result], pauses_s: Iterable[float]) -> Result:
 
 
 def _may_pass(error: Exception) -> bool:
-    lasting = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, ValueError, UserError, MemoryError)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
+    lasting = (
+        *(FileNotFoundError, PermissionError, IsADirectoryError, ImportError, ValueError, http.client.InvalidURL),
+        *(UserError, MemoryError),
+    )
+    if is_full_disk(error) or (isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG):
         return False
     return not isinstance(error, lasting) and not _is_about_credentials(error)
 

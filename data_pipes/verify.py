@@ -27,8 +27,9 @@ from ..progress import Bar
 from .index import INDEX, Index
 from .raw_sample import ARRAY_ERRORS, decode_depth, decode_field, decode_json, decode_npz, decode_surface, decode_webp
 from .remote_shards import RemoteSource, source_at
-from .shards import LATENT_FORMAT, MANIFEST, RAW_FORMAT, SPLITS, crc32, index_path
+from .shards import LATENT_FORMAT, MANIFEST, RAW_FORMAT, SPLITS, crc32, index_name
 from .store import LocalStore
+from .urls import is_full_disk
 
 __all__ = ["Verified", "verify"]
 
@@ -72,18 +73,22 @@ def verify(folder: str | Path) -> Verified:
         whole = _open_index(source, manifest, stack, faults)
         bar = stack.enter_context(Bar(sum(shard["samples"] for shard in shards), "verifying"))
         for shard in shards:
+            first, start = start, start + shard["samples"]
             with contextlib.ExitStack() as here:
-                path = _here(source, Path(shard["name"]).name, here, faults)
-                index_file = _here(source, index_path(Path(shard["name"])).name, here, faults)
+                try:
+                    path, index_file = _files(source, shard, here)
+                except UserError as error:  # they cannot be had, which says nothing about what they are
+                    faults.append(str(error))
+                    bar.update(shard["samples"])
+                    continue
                 try:
                     contents, index = _shard_index(index_file, shard)
                 except UserError as error:
                     faults += [str(error), *_shard_faults(path, shard, {})]
                     bar.update(shard["samples"])
-                    start += shard["samples"]
                     continue
                 faults += _shard_faults(path, shard, contents["members"])
-                if whole is not None and not _agrees(whole, start, index):
+                if whole is not None and not _agrees(whole, first, index):
                     faults.append(f"{INDEX}: it does not agree with {index_file.name}; delete it, those will serve")
                 crcs = contents.get("crc32", {})
                 for uid, places in contents["members"].items():
@@ -91,7 +96,6 @@ def verify(folder: str | Path) -> Verified:
                     splits[contents["splits"][uid]] += 1
                     bar.update(1)
                 uids.append(index.uid)
-                start += shard["samples"]
     faults += _twins(uids)
     if len(uids) == len(manifest["shards"]):  # else what is left out is told already
         faults += _count_faults(manifest["counts"], splits)
@@ -102,15 +106,27 @@ def verify(folder: str | Path) -> Verified:
 # ------------------------------------------------------------------------------------------------------- the folder
 
 
-def _here(source: RemoteSource | LocalStore, name: str, stack: contextlib.ExitStack, faults: list[str]) -> Path:
-    """A file of the folder as one on this machine until `stack` is closed; a path to nothing where it cannot be had."""
+def _here(source: RemoteSource | LocalStore, name: str, stack: contextlib.ExitStack) -> Path:
+    """A file of the folder as one on this machine until `stack` is closed; a path to nothing where there is none.
+
+    Raises: UserError where it cannot be had.
+    """
     try:
         return stack.enter_context(source.local(name))
-    except FileNotFoundError:
-        pass
-    except UserError as error:
-        faults.append(str(error))
-    return Path(source.where(name))
+    except (FileNotFoundError, PermissionError):  # the latter of what may be read but not listed
+        return Path(source.where(name))
+    except OSError as error:
+        if is_full_disk(error):
+            raise
+        raise UserError(f"{source.where(name)}: it cannot be read ({error.strerror or error})") from None
+
+
+def _files(source: RemoteSource | LocalStore, shard: dict[str, Any], stack: contextlib.ExitStack) -> tuple[Path, Path]:
+    """A shard and its index, as `_here`."""
+    name = Path(shard["name"]).name
+    if not name:
+        raise UserError(f"{MANIFEST}: it names a shard {shard['name']!r}, which is no name of a file")
+    return _here(source, name, stack), _here(source, index_name(name), stack)
 
 
 def _manifest(source: RemoteSource | LocalStore) -> dict[str, Any]:
@@ -118,7 +134,7 @@ def _manifest(source: RemoteSource | LocalStore) -> dict[str, Any]:
         raise UserError(f"{source.folder} is not a folder of shards: it does not exist or is a file")
     try:
         with source.local(MANIFEST) as path:
-            manifest = read_json(path, "the manifest")
+            manifest = read_json(path, "the manifest", shown=source.where(MANIFEST))
     except FileNotFoundError:
         raise UserError(
             f"{source.where()} has no {MANIFEST}: is it a folder of shards, and all of it copied?"
@@ -155,7 +171,10 @@ def _open_index(
     if "index" not in manifest:  # made before there was one
         return None
     try:
-        return Index.read(_here(source, INDEX, stack, faults), manifest["index"])
+        return Index.read(_here(source, INDEX, stack), manifest["index"])
+    except UserError as error:
+        faults.append(str(error))
+        return None
     except (OSError, KeyError, TypeError, ValueError):
         faults.append(f"{INDEX}: it is missing or damaged; delete it, the shards' own indices will serve")
         return None
@@ -200,7 +219,7 @@ def _count_faults(counts: dict[str, Any], splits: Counter[str]) -> Iterator[str]
 def _shard_index(path: Path, shard: dict[str, Any]) -> tuple[dict[str, Any], Index]:
     """A shard's index.json, as it is and as columns. Raises UserError where it is missing, damaged or another's."""
     name = path.name
-    contents = read_json(path, "the shard index")
+    contents = read_json(path, "the shard index", shown=name)
     try:
         index = Index.of_shard(contents)
         same = all(contents[key] == shard[key] for key in ("name", "samples", "bytes", "sha256"))

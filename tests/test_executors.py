@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -159,15 +160,48 @@ def test_wrong_urls_are_told_in_a_sentence() -> None:
         store_at("s3://bucket/raw")
 
 
-def test_small_files_far_away_are_read_side_by_side_in_order() -> None:
-    store = RemoteStore("memory://far")
-    together = threading.Barrier(store.at_once)  # each waits for as many as are said to be read at once
+class FarStore(LocalStore):
+    at_once = 4
+
+
+def test_small_files_far_away_are_read_side_by_side_in_order(tmp_path: Path) -> None:
+    store, together = FarStore(tmp_path), threading.Barrier(4)  # each waits for as many as are said to be read at once
 
     def read(n: int) -> int:
         together.wait(timeout=30)
         return n
 
-    assert list(side_by_side(store, read, range(2 * store.at_once))) == list(range(2 * store.at_once))
+    assert list(side_by_side(store, read, range(12))) == list(range(12))
     with pytest.raises(ZeroDivisionError):
         list(side_by_side(store, lambda n: 1 // (40 - n), range(100)))
-    assert list(side_by_side(LocalStore(Path("here")), lambda n: n, range(3))) == [0, 1, 2]
+    assert RemoteStore("memory://far").at_once == LocalStore(tmp_path).at_once == 1, "not all bear several at once"
+
+
+@pytest.mark.parametrize("failures", [1, 99])
+def test_what_cannot_be_read_now_is_not_taken_for_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """A store that fails once is asked again; one that goes on failing ends the build, and loses nothing."""
+    models = tmp_path / "models"
+    models.mkdir()
+    for k in range(3):
+        trimesh.creation.box((1, 1 + k, 1)).export(models / f"m{k}.ply")
+    store = RemoteStore(f"memory://{tmp_path}/raw")
+    settings = BuildSettings(n_surface=16, n_near=4, n_uniform=4, n_views=0, shard_size=1)
+    build(models, store.url, None, settings)
+    there = {name: store.read(name) for name in store.sizes()}
+    monkeypatch.setattr(RemoteStore, "retry_after_s", (0.0,))
+    system, left = store.filesystem, [failures]
+    cat_file = system.cat_file
+
+    def busy(path: str, *more: object, **options: object) -> bytes:
+        if "parts/" in path and left[0]:
+            left[0] -= 1
+            raise OSError("503 SlowDown")
+        return cat_file(path, *more, **options)
+
+    monkeypatch.setattr(type(system), "cat_file", staticmethod(busy))
+    with contextlib.nullcontext() if failures == 1 else pytest.raises(UserError, match="503 SlowDown"):
+        build(models, store.url, None, settings)
+    monkeypatch.undo()
+    assert {name: store.read(name) for name in store.sizes()} == there

@@ -299,6 +299,13 @@ def test_splits_by_uid_have_the_stated_shares() -> None:
     assert split_of("asset-1") == split_of("asset-1")
 
 
+@pytest.mark.parametrize("kept", [[], None, "x", {"of": 1}, {"bytes": 3, "of": "x"}])
+def test_an_index_that_the_manifest_knows_nothing_of_is_not_needed(folder: Path, kept: object) -> None:
+    fields = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**fields, "index": kept}))
+    assert ShardFolder(folder).uids == ["b", "a", "c-1", "d_2", "e"]
+
+
 def test_an_index_of_objects_is_not_read_as_addresses(folder: Path) -> None:
     path = folder / "index.bin"
     data = path.read_bytes()

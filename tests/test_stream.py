@@ -191,14 +191,15 @@ def test_a_server_without_ranges_serves_as_well(raw: Path, server: tuple) -> Non
     assert take(stream(url), 2, 5) == take(stream(raw), 2, 5)
 
 
-@pytest.mark.parametrize("harm", ["missing", "of other shards"])
+@pytest.mark.parametrize("harm", ["missing", "not listed", "of other shards"])
 def test_shards_without_an_index_of_the_folder_are_read_by_their_own(raw: Path, tmp_path: Path, harm: str) -> None:
     shutil.copytree(raw, tmp_path / "old")
     manifest, index = read_json(tmp_path / "old" / MANIFEST), tmp_path / "old" / INDEX
     if harm == "missing":
+        index.unlink()
+    elif harm == "not listed":
         del manifest["index"]
         write_json(tmp_path / "old" / MANIFEST, manifest)
-        index.unlink()
     else:
         index.write_bytes(index.read_bytes()[:-64] + b"0" * 64)
     assert take(stream(f"file://{tmp_path}/old"), 0, 3) == take(stream(raw), 0, 3)
