@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets the environment up as quickstart.sh does, then runs the tests and the checks.
-#   bash launch/test.sh                      everything
+#   bash launch/test.sh                      the tests, but for the slow ones, and the checks
 #   bash launch/test.sh tests/test_cli.py    what is named is handed to pytest
+#   bash launch/test.sh -m slow              the slow ones
 set -euo pipefail
 
 # shellcheck source=launch/setup.sh

@@ -92,9 +92,9 @@ def test_wrong_seeds(text: str, said: str) -> None:
         parse_seeds(text)
 
 
-def test_wrong_usage_exits_with_2(cli) -> None:
+def test_wrong_usage_exits_with_2(call) -> None:
     for words in (["nonsense"], ["data", "show"], ["sample", "x", "--steps", "none", "--out", "o"]):
-        done = cli(*words)
+        done = call(*words)
         assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
@@ -109,9 +109,17 @@ def test_wrong_usage_exits_with_2(cli) -> None:
         (["train", "clip", "--data", "raw", "--out", "o", "--config", "no.yaml"], "no.yaml does not exist"),
     ],
 )
-def test_mistakes_get_one_sentence(cli, tmp_path: Path, words: list[str], said: str) -> None:
-    done = cli(*words, cwd=tmp_path)
+def test_mistakes_get_one_sentence(call, tmp_path: Path, words: list[str], said: str) -> None:
+    refused(call(*words, cwd=tmp_path), said)
+    assert not (tmp_path / "o").exists(), "a refused command must leave nothing"
+
+
+def test_a_process_of_its_own_says_no_more(cli, tmp_path: Path) -> None:
+    for words in (["data", "show", "no/raw"], ["train", "clip", "--data", "raw", "--out", "o", "--config", "no.yaml"]):
+        refused(cli(*words, cwd=tmp_path), words[-1])
+
+
+def refused(done: subprocess.CompletedProcess[str], said: str) -> None:
     assert done.returncode == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and said in last and "Traceback" not in done.stderr
-    assert not (tmp_path / "o").exists(), "a refused command must leave nothing"

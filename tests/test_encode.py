@@ -123,7 +123,6 @@ def start(at: Path, out: Path) -> subprocess.Popen:
     return subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.slow
 def test_two_killed_ranks_and_two_more_leave_what_one_does(at, tmp_path):
     run(config(at, tmp_path / "alone", **FINE))
     out = tmp_path / "latents"

@@ -294,14 +294,14 @@ def test_the_feature_of_an_object_is_the_mean_of_its_views(tmp_path, evaluator, 
     assert [got["value"], got["lo"], got["hi"]] == pytest.approx(list(expected.to_json().values()), rel=1e-3, abs=1e-5)
 
 
-def test_few_real_files_get_reasons(assets_dir, tmp_path, cli):
+def test_few_real_files_get_reasons(assets_dir, tmp_path, call):
     made, true = tmp_path / "made", tmp_path / "true"
     for folder in (made, true):
         folder.mkdir()
     for k, path in enumerate(sorted((assets_dir / "pack").rglob("*.glb"))[:3]):
         shutil.copy(path, (made if k else true) / path.name)
     (true / "cut.glb").write_bytes(path.read_bytes()[:300])
-    done = cli(
+    done = call(
         "eval", "distribution", "--generated", made, "--references", true, "--out", tmp_path / "out", "--workers", 1
     )
     assert done.returncode == 0, done.stderr

@@ -81,12 +81,12 @@ def test_what_is_no_protocol_is_told(tmp_path):
         load_protocol(tmp_path / "a.yaml")
 
 
-def test_the_list_names_protocols_and_what_weights_are_here(cli):
-    shown = cli("eval", "ls").stdout
+def test_the_list_names_protocols_and_what_weights_are_here(call):
+    shown = call("eval", "ls").stdout
     for name in protocol_names():
         assert f"  {name}  {load_protocol(name).hash[:12]}" in shown
     assert "  + judge  " in shown and "  + tiny-colours  " in shown and "  - ViT-B-32-quickgelu/openai  " in shown
-    assert "Evaluators" not in cli("eval", "ls", "protocols").stdout
+    assert "Evaluators" not in call("eval", "ls", "protocols").stdout
 
 
 def test_published_rows_name_their_source():

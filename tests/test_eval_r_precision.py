@@ -314,15 +314,18 @@ def test_wrong_settings_are_one_sentence(world, tmp_path, more, says):
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_command_line_says_what_is_wrong_without_a_traceback(world, tmp_path, cli):
+def test_the_command_line_says_what_is_wrong_without_a_traceback(world, tmp_path, call):
     (tmp_path / "bad.jsonl").write_text('{"id": "a", "prompt": "x"}\n')
-    done = cli("eval", "r-precision", "--generated", world / "perfect", "--prompts", tmp_path / "bad.jsonl",
+    done = call("eval", "r-precision", "--generated", world / "perfect", "--prompts", tmp_path / "bad.jsonl",
                "--evaluator", "tiny-colours", "--out", tmp_path / "out")  # fmt: skip
     assert done.returncode == 1 and "unknown key 'prompt'" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_validate_finds_what_is_missing_broken_doubled_and_too_long(world, tmp_path, cli):
+def test_validate_finds_what_is_missing_broken_doubled_and_too_long(world, tmp_path, call):
+    def validate(*words):
+        return call("eval", "validate", "--workers", 1, *words)
+
     folder = tmp_path / "objects"
     for colour in ("red", "green", "blue"):
         box(folder / f"{colour}.glb", "red")
@@ -331,7 +334,7 @@ def test_validate_finds_what_is_missing_broken_doubled_and_too_long(world, tmp_p
     prompts = (world / "prompts.jsonl").read_text().replace(f'"{world}', '"').replace("true/", f"{world}/true/")
     prompts += json.dumps({"id": "long", "text": "a very " * 80 + "long caption"}) + "\n"
     (tmp_path / "p.jsonl").write_text(prompts)
-    done = cli("eval", "validate", "--generated", folder, "--prompts", tmp_path / "p.jsonl")
+    done = validate("--generated", folder, "--prompts", tmp_path / "p.jsonl")
     assert done.returncode == 1, done.stderr
     for part in (
         "9 prompts", "5 missing", "1 empty or broken", "yellow/0: it ends", "red/0, green/0, blue/0",
@@ -339,11 +342,11 @@ def test_validate_finds_what_is_missing_broken_doubled_and_too_long(world, tmp_p
     ):  # fmt: skip
         assert part in done.stdout, (part, done.stdout)
     (tmp_path / "train.txt").write_text("A red box.\nblue, a box\na sofa\n")
-    done = cli("eval", "validate", "--prompts", world / "prompts.jsonl", "--trained-on", tmp_path / "train.txt")
+    done = validate("--prompts", world / "prompts.jsonl", "--trained-on", tmp_path / "train.txt")
     assert done.returncode == 0, done.stderr
     assert "3 captions in" in done.stdout and "1 prompts are among them" in done.stdout, done.stdout
     assert "1 prompts whose words were trained on in some order" in done.stdout and "blue: a blue box" in done.stdout
-    fine = cli("eval", "validate", "--generated", world / "perfect", "--prompts", world / "prompts.jsonl")
+    fine = validate("--generated", world / "perfect", "--prompts", world / "prompts.jsonl")
     assert fine.returncode == 0 and "16 of 16 objects" in fine.stdout and "all is well" in fine.stdout
 
 

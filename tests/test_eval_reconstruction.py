@@ -234,7 +234,7 @@ def test_a_reference_that_cannot_be_read_is_left_out_and_told(tmp_path, monkeypa
         run_folders(made, true, tmp_path / "out")
 
 
-def test_mistakes_with_folders_are_named(tmp_path, cli):
+def test_mistakes_with_folders_are_named(tmp_path, call):
     made, true, empty = tmp_path / "made", tmp_path / "true", tmp_path / "empty"
     for place in (made, true, empty):
         place.mkdir()
@@ -253,6 +253,6 @@ def test_mistakes_with_folders_are_named(tmp_path, cli):
     ell().export(made / "chair.ply")
     with pytest.raises(UserError, match="has chair.ply and chair.stl: keep one of them"):
         run_folders(made, true, tmp_path / "out")
-    done = cli("eval", "reconstruction", "--generated", made, "--references", true, "--count", 3, "--out", "out")
+    done = call("eval", "reconstruction", "--generated", made, "--references", true, "--count", 3, "--out", "out")
     assert done.returncode == 1 and done.stderr.startswith("error: give AUTOENCODER and --data")
     assert not Path(tmp_path / "out").exists()

@@ -22,6 +22,11 @@ FILES = Path(__file__).parent.parent / "launch" / "accelerate"
 LAYOUTS = ["ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3-offload"]
 
 
+def slow_but(*quick: str, of: list[str] = LAYOUTS) -> list:
+    """Layouts as parameters, of which those that another one shows nearly as well are slow."""
+    return [pytest.param(layout, marks=() if layout in quick else pytest.mark.slow) for layout in of]
+
+
 def two_ranks(layout: str, stage: str, words: list, code: int = 0) -> str:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, Path(__file__).with_name("rank_main.py"), stage, *words]
@@ -63,7 +68,7 @@ def whole(latents, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but("ddp", "fsdp2", "zero3"))
 def test_one_rank_then_two_then_one(layout, latents, whole, tmp_path):
     first = start_from(whole, tmp_path / "first", 3)
     said = two_ranks(layout, "denoiser", ["--data", latents, "--out", first, *QUICK, "accumulate=2", "processes=2"])
@@ -90,7 +95,7 @@ def test_one_rank_then_two_then_one(layout, latents, whole, tmp_path):
     assert losses(alone) == pytest.approx({step: expected[step] for step in (7, 8, 9)}, rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("layout", slow_but("fsdp2", of=["fsdp2", "zero3"]))
 def test_adapters_and_frozen_layers_train_in_shards(layout, latents, whole, tmp_path):
     words = ["--data", latents, *LOOP, "steps=4", "sheet_samples=0", "eval_samples=2", "trackers=[]"]
     words += [f"init={whole}/pipeline", "lora.rank=2", "freeze=[blocks.0]"]
@@ -108,7 +113,7 @@ def test_adapters_and_frozen_layers_train_in_shards(layout, latents, whole, tmp_
     assert changed and not any(name.startswith("blocks.0.") for name in changed)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("layout", slow_but("ddp", "zero3", of=["ddp", "fsdp2", "zero2", "zero3"]))
 def test_bf16_is_the_same_autocast_in_every_layout(layout, latents, tmp_path):
     words = ["--data", latents, *QUICK, "precision=bf16", "steps=3"]
     alone, shards = tmp_path / "alone", tmp_path / "shards"

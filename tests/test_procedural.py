@@ -285,8 +285,8 @@ def test_a_stopped_run_goes_on_and_keeps_finished_shards(tmp_path: Path) -> None
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists processes as Linux does")
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "shapeloom", "data", "procedural", "--count", "100000", "--workers", "2"]
-    parent = subprocess.Popen([*command, "--out", str(tmp_path / "raw")], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "shapeloom", "data", "procedural", "--count", "10000", "--workers", "2"]
+    parent = subprocess.Popen([*command, "--out", str(tmp_path / "raw"), "shard_size=8"], stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120
     while not list((tmp_path / "raw").glob("shard-*")) and time.monotonic() < until:
         time.sleep(0.05)

@@ -101,14 +101,14 @@ def test_no_files_and_no_decoder(bring_in, tmp_path):
         import_shap_e(tmp_path / "empty", tmp_path / "out")
 
 
-def test_the_command(cli, files, tmp_path):
+def test_the_command(call, files, tmp_path):
     """Both denoisers need a choice; a CLIP that lacks the tower is refused; the right one goes through."""
     torch.save(files[0], tmp_path / "a.pt")
     torch.save(files[1], tmp_path / "b.pt")
     torch.save(released("image", pipeline("image"))[0], tmp_path / "c.pt")
     words = ["import", "shap-e", "--source", tmp_path, "--out", tmp_path / "out", "--clip", files[2]]
     for more, said in ([], "--condition text or image"), (["--condition", "image"], "text alone"):
-        done = cli(*words, *more)
+        done = call(*words, *more)
         assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
-    done = cli(*words, "--condition", "text")
+    done = call(*words, "--condition", "text")
     assert done.returncode == 0 and "text-conditioned Shap-E" in done.stdout, done.stderr

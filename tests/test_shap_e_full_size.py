@@ -16,9 +16,9 @@ from shapeloom.models.mesh import extract_mesh
 from shapeloom.models.nerf import RayNoise, render_rays
 from shapeloom.models.pipeline import condition_from
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @torch.inference_mode()
 def test_text300m_samples_what_diffusers_samples():
     """Two Heun steps, three guided calls, at guidance 15: the whole run of 64 steps is launch/bench/parity.py."""

@@ -1,22 +1,19 @@
-"""The training loop in real processes: killed and resumed, stopped, on two ranks, gone wrong."""
+"""The training loop of the autoencoder: on two ranks, in parts, gone wrong. Kills and signals: test_resume.py."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from latent_folders import shapeloom
 
 from shapeloom.config import load_config
 from shapeloom.data_pipes.procedural import ProceduralSettings, generate
 from shapeloom.errors import UserError
 from shapeloom.training.autoencoder import AutoencoderRun
 from shapeloom.training.config import OptimConfig, lr_at
-from shapeloom.training.loop import REQUEUE_EXIT_CODE
 
 SMALL = [
     *("model.width=32", "model.heads=2", "model.hidden=16", "model.n_latents=16", "model.channels=8"),
@@ -31,17 +28,14 @@ def raw(tmp_path_factory):
     return folder
 
 
-def command(raw: Path, out: Path, *more: str, launcher: tuple[str, ...] = ()) -> list[str]:
-    start = launcher or (sys.executable, "-m")
-    return [*start, "shapeloom.training.autoencoder", "--data", str(raw), "--out", str(out), *SMALL, *more]
+def words(raw: Path, out: Path, *more: str) -> list[str]:
+    return ["--data", str(raw), "--out", str(out), *SMALL, *more]
 
 
-def run(words: list[str], code: int = 0) -> str:
-    done = subprocess.run(
-        words, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def run(raw: Path, out: Path, *more: str, code: int = 0) -> str:
+    ended, said, errors = shapeloom("train", "autoencoder", *words(raw, out, *more))
+    assert ended == code, said + errors
+    return said + errors
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
@@ -53,44 +47,16 @@ def losses(out: Path) -> list[tuple[int, float]]:
 def whole(raw, tmp_path_factory):
     """A run of 12 steps without interruption."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    run(command(raw, out, "steps=12"))
+    run(raw, out, "steps=12")
     return out
-
-
-def test_a_killed_run_goes_on_bit_for_bit(raw, whole, tmp_path):
-    out = tmp_path / "run"
-    process = subprocess.Popen(command(raw, out, "steps=12"), env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (out / "state" / "latest").exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(losses(out)) < 12
-    run(command(raw, out, "steps=12"))
-    assert losses(out) == losses(whole)
-    states = [(folder / "state/00000012/part-00000-of-00001.safetensors").read_bytes() for folder in (out, whole)]
-    assert states[0] == states[1]
-
-
-def test_sigterm_saves_and_asks_to_be_requeued(raw, whole, tmp_path):
-    out = tmp_path / "run"
-    process = subprocess.Popen(
-        command(raw, out, "steps=12", "save_every=1000"), env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    while not (out / "log.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == REQUEUE_EXIT_CODE
-    assert (out / "state" / "latest").exists()
-    run(command(raw, out, "steps=12"))
-    assert losses(out) == losses(whole)
 
 
 def test_two_ranks_are_one(raw, whole, tmp_path):
     out = tmp_path / "run"
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
-    run(command(raw, out, "steps=12", "processes=2", launcher=launcher))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command += ["shapeloom.training.autoencoder", *words(raw, out, "steps=12", "processes=2")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
     ours, theirs = losses(out), losses(whole)
     assert [step for step, _ in ours] == [step for step, _ in theirs]
     assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4)
@@ -98,18 +64,18 @@ def test_two_ranks_are_one(raw, whole, tmp_path):
 
 def test_accumulated_parts_are_one_batch(raw, whole, tmp_path):
     out = tmp_path / "run"
-    run(command(raw, out, "steps=12", "accumulate=2"))
+    run(raw, out, "steps=12", "accumulate=2")
     assert torch.allclose(torch.tensor(losses(out)), torch.tensor(losses(whole)), rtol=1e-4)
 
 
 def test_one_process_where_two_were_asked_for_is_refused(raw, tmp_path):
-    said = run(command(raw, tmp_path / "run", "processes=2"), code=1)
+    said = run(raw, tmp_path / "run", "processes=2", code=1)
     assert "2 processes were asked for but 1 came up" in said and "Traceback" not in said
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(raw, tmp_path):
     out = tmp_path / "run"
-    said = run(command(raw, out, "steps=40", "save_every=1", "optim.lr=1e30", "optim.warmup_steps=0"), code=1)
+    said = run(raw, out, "steps=40", "save_every=1", "optim.lr=1e30", "optim.warmup_steps=0", code=1)
     assert "is intact" in said and "Traceback" not in said
     pointer = (out / "state" / "latest").read_text()
     assert (out / "state" / pointer / "progress.json").exists()
@@ -117,8 +83,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(raw, tmp_path):
 
 def test_a_state_of_another_model_is_refused(raw, whole, tmp_path):
     state = whole / "state" / "00000012"
-    words = command(raw, tmp_path / "run", "steps=20", "model.width=64", "--resume", str(state))
-    said = run(words, code=1)
+    said = run(raw, tmp_path / "run", "steps=20", "model.width=64", "--resume", str(state), code=1)
     assert "another model" in said and "Traceback" not in said
 
 

@@ -20,12 +20,12 @@ FIELD = ["model.width=32", "model.heads=2", "model.hidden=16", "model.n_latents=
 
 
 @pytest.fixture(scope="module")
-def way(cli, tmp_path_factory):
+def way(call, tmp_path_factory):
     """A folder in which every stage has run."""
     at = tmp_path_factory.mktemp("way")
 
     def run(*words):
-        done = cli(*words)
+        done = call(*words)
         assert done.returncode == 0, done.stdout + done.stderr
         return done
 
@@ -53,19 +53,19 @@ def test_latent_shards_hold_what_the_models_say(way):
     assert {"tokens", "lengths", "pooled"} == set(sample["text.npz"].keys())
 
 
-def test_encoding_again_keeps_what_is_finished(way, cli):
+def test_encoding_again_keeps_what_is_finished(way, call):
     shard = way / "latents" / "shard-00001.tar"
     before = {path.name: path.read_bytes() for path in (way / "latents").glob("shard-*.tar")}
     shard.unlink()
     models = [f"autoencoder={way / 'ae' / 'autoencoder'}", f"clip={way / 'clip' / 'clip'}"]
-    done = cli("encode", "--data", way / "raw", "--out", way / "latents", *models, "shard_size=25", "n_surface=128")
+    done = call("encode", "--data", way / "raw", "--out", way / "latents", *models, "shard_size=25", "n_surface=128")
     assert done.returncode == 0, done.stderr
     assert before == {path.name: path.read_bytes() for path in (way / "latents").glob("shard-*.tar")}
 
 
-def test_encoding_with_another_autoencoder_into_the_same_folder_is_refused(way, cli):
+def test_encoding_with_another_autoencoder_into_the_same_folder_is_refused(way, call):
     words = ["shard_size=25", "n_surface=128", f"autoencoder={way / 'latents' / 'autoencoder'}"]
-    done = cli("encode", "--data", way / "raw", "--out", way / "latents", *words, f"clip={way / 'judge' / 'clip'}")
+    done = call("encode", "--data", way / "raw", "--out", way / "latents", *words, f"clip={way / 'judge' / 'clip'}")
     assert done.returncode == 1 and "other settings" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -81,8 +81,8 @@ def test_run_folders_hold_config_log_state_and_pictures(way):
         Image.open(way / stage / "samples" / "00000003.png").verify()
 
 
-def test_a_run_starts_again_from_its_own_config(way, cli, tmp_path):
-    done = cli(
+def test_a_run_starts_again_from_its_own_config(way, call, tmp_path):
+    done = call(
         "train",
         "autoencoder",
         "--data",
@@ -99,25 +99,25 @@ def test_a_run_starts_again_from_its_own_config(way, cli, tmp_path):
 
 
 @pytest.mark.parametrize("condition", ["text", "image", "both"])
-def test_sample_writes_meshes_and_pictures(way, cli, tmp_path, condition):
+def test_sample_writes_meshes_and_pictures(way, call, tmp_path, condition):
     Image.new("RGBA", (50, 40), (200, 30, 30, 255)).save(tmp_path / "picture.png")
     words = ["--text", "a red cube"] if condition != "image" else []
     words += ["--image", tmp_path / "picture.png"] if condition != "text" else []
     out = tmp_path / "out"
-    done = cli("sample", way / "denoiser" / "pipeline", *words, "--seeds", "0-1", "--out", out, "--steps", "2")
+    done = call("sample", way / "denoiser" / "pipeline", *words, "--seeds", "0-1", "--out", out, "--steps", "2")
     assert done.returncode == 0, done.stderr
     assert len(list(out.glob("*-[01].png"))) == 2 and (out / "contact_sheet.png").exists()
     for path in out.glob("*.glb"):
         assert len(trimesh.load(path, force="mesh").faces) > 0
 
 
-def test_the_command_and_diffusers_sample_the_same(way, cli, tmp_path):
+def test_the_command_and_diffusers_sample_the_same(way, call, tmp_path):
     from diffusers import DiffusionPipeline
 
     import shapeloom  # noqa: F401 - teaches diffusers the pipeline's class
 
     folder = way / "denoiser" / "pipeline"
-    done = cli("sample", folder, "--text", "a red cube", "--seeds", "7", "--out", tmp_path, "--steps", "4")
+    done = call("sample", folder, "--text", "a red cube", "--seeds", "7", "--out", tmp_path, "--steps", "4")
     assert done.returncode == 0, done.stderr
     pipe = DiffusionPipeline.from_pretrained(folder)
     mesh = pipe(text=["a red cube"], seeds=[7], steps=4).meshes[0]
@@ -131,11 +131,11 @@ def test_the_command_and_diffusers_sample_the_same(way, cli, tmp_path):
     assert torch.isfinite(next(denoiser.parameters())).all()
 
 
-def test_r_precision_by_a_judge_makes_the_headline_and_by_the_conditioner_none(way, cli, tmp_path):
+def test_r_precision_by_a_judge_makes_the_headline_and_by_the_conditioner_none(way, call, tmp_path):
     words = ["eval", "r-precision", "--pipeline", way / "denoiser" / "pipeline", "--prompts", way / "raw"]
     words += ["--protocol", "reference-v1", "--steps", "2", "--limit", "3", "--workers", "1"]
     words += ["--evaluator", way / "clip" / "clip"]
-    done = cli(*words, "--evaluator", way / "judge" / "clip", "--condition", "both", "--out", tmp_path / "r")
+    done = call(*words, "--evaluator", way / "judge" / "clip", "--condition", "both", "--out", tmp_path / "r")
     assert done.returncode == 0, done.stdout + done.stderr
     results = read_results(tmp_path / "r")
     conditioner, judge = results.evaluators
@@ -144,6 +144,6 @@ def test_r_precision_by_a_judge_makes_the_headline_and_by_the_conditioner_none(w
     rows = {(score.row, score.gallery) for score in results.scores}
     names = ("generated", "true renders", "reconstructions", "conditioning images", "chance")
     assert rows >= {(name, gallery) for name in names for gallery in ("prompts", "pictures")}
-    done = cli(*words, "--out", tmp_path / "r2")
+    done = call(*words, "--out", tmp_path / "r2")
     assert done.returncode == 0 and "no headline" in done.stdout, done.stdout + done.stderr
     assert read_results(tmp_path / "r2").headline.r_at_1 is None

@@ -1,6 +1,6 @@
 """A training killed with SIGKILL at random moments, again and again: it must end in the same state, bit for bit.
 
-    python -m shapeloom.launch.bench.kills --kills 20 --seed 0 [--ranks 2]
+    python -m shapeloom.launch.bench.kills --kills 20 --seed 0 [--ranks 2] [--steps 200]
 
 A run without interruption gives the hash to reach. Then the same command is started and killed at moments drawn
 uniformly over what is left of it, from the first logged step on, so that kills meet steps, states being written and
@@ -31,15 +31,15 @@ from ...errors import UserError, run_command
 from ...progress import Bar
 from .measure import finish
 
-STEPS = 600
 SMALL = ["model.width=32", "model.heads=2", "model.hidden=16", "model.n_latents=16", "model.channels=8", "batch_size=4"]
-LOOP = [f"steps={STEPS}", "n_surface=64", "n_field=64", "eval_samples=2", "log_every=1", "eval_every=0", "save_every=3"]
+LOOP = ["n_surface=64", "n_field=64", "eval_samples=2", "log_every=1", "eval_every=0", "save_every=3"]
 
 
 def main(
     kills: Annotated[int, typer.Option(help="How many times to kill.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
     ranks: Annotated[int, typer.Option(help="Processes of the training.")] = 1,
+    steps: Annotated[int, typer.Option(min=3, help="Of the training.")] = 600,
 ) -> None:
     """Kill a training at random moments and compare where it ends."""
     rng = random.Random(seed)
@@ -47,17 +47,17 @@ def main(
         raw, whole, killed = (Path(scratch) / name for name in ("raw", "whole", "killed"))
         quick = ProceduralSettings(count=24, n_surface=256, n_near=256, n_uniform=256, n_views=2, image_size=32)
         generate(raw, quick)
-        life, ended = attempt(raw, whole, ranks, after=None, rng=rng)
+        life, ended = attempt(raw, whole, ranks, steps, after=None, rng=rng)
         if not ended:
             raise UserError("the run without kills did not end well: see what it said above")
-        wanted, spent, ends = state_hash(whole, ranks), 0, 0
+        wanted, spent, ends = state_hash(whole, ranks, steps), 0, 0
         while spent < kills or killed.exists():
-            left = life * (1 - last_step(killed) / STEPS)
+            left = life * (1 - last_step(killed) / steps)
             after = rng.uniform(0, left) if spent < kills else None
-            _, ended = attempt(raw, killed, ranks, after=after, rng=rng)
+            _, ended = attempt(raw, killed, ranks, steps, after=after, rng=rng)
             if ended:
                 ends += 1
-                if (got := state_hash(killed, ranks)) != wanted:
+                if (got := state_hash(killed, ranks, steps)) != wanted:
                     finish({"benchmark": "kills", "kills": spent, "same": False, "wanted": wanted, "got": got})
                     raise SystemExit(1)
                 shutil.rmtree(killed)
@@ -67,10 +67,12 @@ def main(
     finish({"benchmark": "kills", "kills": spent, "ends": ends, "ranks": ranks, "same": True, "hash": wanted})
 
 
-def attempt(raw: Path, out: Path, ranks: int, *, after: float | None, rng: random.Random) -> tuple[float, bool]:
+def attempt(
+    raw: Path, out: Path, ranks: int, steps: int, *, after: float | None, rng: random.Random
+) -> tuple[float, bool]:
     """One start; SIGKILL `after` seconds of training, or never. Returns seconds of training, and whether it ended."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    words = ["-m", "shapeloom.training.autoencoder", "--data", raw, "--out", out, *SMALL, *LOOP]
+    words = ["-m", "shapeloom.training.autoencoder", "--data", raw, "--out", out, *SMALL, *LOOP, f"steps={steps}"]
     log, env = out / "log.jsonl", {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     size = log.stat().st_size if log.exists() else -1
     with open(out.with_suffix(".txt"), "w+") as said:
@@ -104,11 +106,11 @@ def last_step(out: Path) -> int:
     return int(pointer.read_text()) if pointer.exists() else 0
 
 
-def state_hash(out: Path, ranks: int) -> str:
+def state_hash(out: Path, ranks: int, steps: int) -> str:
     """SHA-256 over the last state's tensors, in their files."""
     digest = hashlib.sha256()
     for rank in range(ranks):
-        part = out / "state" / f"{STEPS:08d}" / f"part-{rank:05d}-of-{ranks:05d}.safetensors"
+        part = out / "state" / f"{steps:08d}" / f"part-{rank:05d}-of-{ranks:05d}.safetensors"
         digest.update(part.read_bytes())
     return digest.hexdigest()
 
