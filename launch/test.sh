@@ -13,7 +13,7 @@ cd "$shapeloom_root"
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 echo "Running the tests"
-python -m pytest -q -n "${SHAPELOOM_TEST_PROCESSES:-2}" "$@"
+python -m pytest -q --durations=10 -n "${SHAPELOOM_TEST_PROCESSES:-2}" "$@"
 if [[ $# -eq 0 ]]; then
     echo "Checking the style (ruff)"
     python -m ruff check .
