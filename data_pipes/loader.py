@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, overload
@@ -44,7 +44,7 @@ class RawSample:
         meta: the json member.
         stored: arrays as in raw_sample.py, under "surface.xyz", "field.sdf", "lit", ...
         cameras: of the views, if asked for.
-        pictures: the lit views as they are stored, WebP, if asked for.
+        pictures: the lit views as they are stored, WebP, if asked for; see `picture`.
     What was not asked for is None.
     """
 
@@ -54,6 +54,7 @@ class RawSample:
     stored: dict[str, np.ndarray]
     cameras: Cameras | None = None
     pictures: tuple[bytes, ...] | None = None
+    _decoded: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def captions(self) -> list[str]:
@@ -103,6 +104,13 @@ class RawSample:
     def depth(self) -> np.ndarray | None:
         """float32 [V, H, W], z-depth in object units, inf where nothing is seen."""
         return self.stored.get("depth")
+
+    def picture(self, k: int) -> np.ndarray:
+        """uint8 [H, W, 4], sRGB, straight alpha: one of `pictures`, decoded when it is first asked for, then kept."""
+        if k not in self._decoded:
+            assert self.pictures is not None, "pictures were not asked for"
+            self._decoded[k] = decode_webp(self.pictures[k], f"{self.uid}.lit_{k:02d}.webp")
+        return self._decoded[k]
 
     def pick_surface(self, rows: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(xyz, normal, rgb) of some points, as the properties give them.
@@ -173,7 +181,7 @@ class RawDataset:
         for part in self.parts:
             if not self.shards.has(_member(part)):
                 self._suffixes(int(self.indices[0]), part)  # which says so
-        self._room = cache_bytes
+        self._room, self._picture_bytes = cache_bytes, 0
         self._kept: dict[int, RawSample] = {}
         self.skipped: dict[int, str] = {}  # what is wrong with each sample that another stood in for, by its index
 
@@ -205,6 +213,9 @@ class RawDataset:
                 cameras = _cameras(decode_json(data, what), what)
             elif part == "pictures":
                 pictures = tuple(members[name] for name in of_part)
+                if self.shards.crc32(index) is None:  # older ones, of which decoding alone tells that they are sound
+                    for name in of_part:
+                        decode_webp(members[name], f"{uid}.{name}{where}")
             elif part in _VIEW_PREFIX:
                 stored[part] = np.stack([decode_webp(members[name], f"{uid}.{name}{where}") for name in of_part])
             elif part == "depth":
@@ -232,8 +243,10 @@ class RawDataset:
         except UserError as error:
             self.pass_over(index, error)
             return None
-        size = sum(array.nbytes for array in sample.stored.values()) + sum(map(len, sample.pictures or ()))
-        size += 4096  # json and cameras, roughly
+        size = sum(array.nbytes for array in sample.stored.values()) + 4096  # json and cameras, roughly
+        if sample.pictures:  # all will be decoded some time; those of a folder are of one size
+            self._picture_bytes = self._picture_bytes or sample.picture(0).nbytes
+            size += sum(map(len, sample.pictures)) + len(sample.pictures) * self._picture_bytes
         if size <= self._room:
             self._room -= size
             self._kept[i] = sample

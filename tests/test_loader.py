@@ -276,3 +276,20 @@ def test_several_splits_and_unknown_ones(raw: Path) -> None:
         RawDataset(raw, "test")
     with pytest.raises(ValueError, match="part 'voxels' is not one of"):
         RawDataset(raw, parts=("voxels",))
+
+
+def test_pictures_are_decoded_one_by_one_and_once(raw: Path) -> None:
+    whole, lazy = RawDataset(raw, parts=("lit",))[0], RawDataset(raw, parts=("pictures",))[0]
+    assert lazy.pictures is not None and len(lazy.pictures) == len(whole.lit)
+    for k in (1, 0):
+        np.testing.assert_array_equal(lazy.picture(k), whole.lit[k])
+        assert lazy.picture(k) is lazy.picture(k)
+
+
+def test_pictures_count_as_decoded_in_what_may_be_kept(raw: Path) -> None:
+    sample = RawDataset(raw, parts=("pictures",))[0]
+    decoded = sum(sample.picture(k).nbytes for k in range(len(sample.pictures)))
+    data = RawDataset(raw, parts=("pictures",), cache_bytes=decoded)
+    assert data[0] is not data[0], "it would not fit with its bytes"
+    data = RawDataset(raw, parts=("pictures",), cache_bytes=2 * decoded + 10_000)
+    assert data[0] is data[0]

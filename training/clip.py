@@ -60,7 +60,7 @@ def run(config: ClipRun, *, resume: str = "auto") -> None:
 
 def build(config: ClipRun) -> Stage:
     torch.manual_seed(config.seed)
-    train = training_data(config, ("lit",))
+    train = training_data(config, ("pictures",))
     if len(train) < 2:
         raise UserError(f"{config.data} has {len(train)} training samples; a CLIP needs many to tell apart")
     held_out = held_out_split(train)
@@ -154,8 +154,7 @@ def collate_pairs(
     images, texts, meanings = [], [], []
     for sample, rng in items:
         # Frontal views come first; of the others, captions that speak of left and right are not true.
-        views = sample.stored["lit"]
-        images.append(composite(views[rng.integers((len(views) + 1) // 2)]))
+        images.append(composite(sample.picture(int(rng.integers((len(sample.pictures or ()) + 1) // 2)))))
         caption = str(rng.choice(sample.captions))
         others = [swap["caption"] for swap in sample.meta.get("swaps", [])]
         others = [others[k] for k in rng.permutation(len(others))[:n_swaps]]
@@ -240,7 +239,7 @@ def texts_of(meta: dict[str, Any]) -> list[str]:
 def evaluate(model: Conditioner, dataset: RawDataset, count: int) -> dict[str, float]:
     """R@1 of held-out images among their captions, and how often the caption beats each of its swaps."""
     samples = [dataset[i] for i in range(min(count, len(dataset)))]
-    image = model.encode_image(np.stack([composite(sample.stored["lit"][0]) for sample in samples])).pooled
+    image = model.encode_image(np.stack([composite(sample.picture(0)) for sample in samples])).pooled
     caption = model.encode_text([sample.captions[0] for sample in samples]).pooled
     scores = image @ caption.T
     meanings = [meaning_id(sample.captions[0]) for sample in samples]
