@@ -53,7 +53,9 @@ def sentence_of(error: Exception, arguments: list[str]) -> str | None:
         return str(error)
     if not isinstance(error, OSError):
         return None
-    path = error.filename if isinstance(error.filename, str) else ""
+    from .files import ASIDE  # here, for it needs this file
+
+    path = error.filename.partition(ASIDE)[0] if isinstance(error.filename, str) else ""
     at = f" ({path})" if path else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{at}; free some space and start the same command again, finished work is kept"
@@ -67,9 +69,9 @@ def sentence_of(error: Exception, arguments: list[str]) -> str | None:
 
 
 def _named(path: str, arguments: list[str]) -> bool:
-    """Whether the user named `path`, or a folder it is in, on the command line."""
+    """Whether the user named `path`, a folder it is in or something in it, on the command line."""
     if not path:
         return False
     wanted = Path(os.path.abspath(path))
     named = [Path(os.path.abspath(word.partition("=")[2] or word)) for word in arguments if not word.startswith("--")]
-    return any(folder == wanted or folder in wanted.parents for folder in named)
+    return any(folder == wanted or folder in wanted.parents or wanted in folder.parents for folder in named)

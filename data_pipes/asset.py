@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..errors import UserError
 from ..files import canonical_json, sha256_file
 from ..models.cameras import Cameras
 from . import blender, sampling
@@ -136,7 +137,10 @@ def build_asset(job: Job) -> Built | Refused | Unchanged:
     views = cameras = None
     if settings.n_views:
         cameras = settings.rig.cameras(rng, settings.n_views, settings.image_size)
-        views = _views(mesh, cameras, settings)
+        try:
+            views = _views(mesh, cameras, settings)
+        except Rejected as rejected:
+            return Refused(rejected, named)
         views = views if settings.lit else replace(views, lit=views.lit[:0])
     measures = measure(mesh, solid, transform, None if views is None else views.albedo[..., 3], settings.judge)
     found = findings(measures, settings.judge, warnings)
@@ -174,7 +178,10 @@ def build_asset(job: Job) -> Built | Refused | Unchanged:
 
 def _views(mesh: Mesh, cameras: Cameras, settings: BuildSettings) -> Views:
     if settings.renderer == "blender":
-        return blender.render(mesh, cameras, settings.blender)
+        try:
+            return blender.render(mesh, cameras, settings.blender)
+        except UserError as error:  # of this machine's Blender, mostly: another may render it
+            raise Rejected(str(error), "mend that, and build again", kind="unavailable") from error
     return render(mesh, cameras, samples_per_axis=settings.samples_per_axis)
 
 

@@ -43,7 +43,7 @@ from .duplicates import SIGNATURE_SIZE, find_duplicates
 from .executors import Context, Guard, make_all, make_all_on_ray
 from .find import Place, find
 from .hashes import Hashes
-from .ledger import Copy, Entry, Ledger, Settle, ShardTask, plan
+from .ledger import Copy, Entry, Ledger, Make, Settle, ShardTask, plan
 from .licences import LicenceFilter
 from .places import LocalFolder
 from .shards import RAW_FORMAT, ShardInfo, begin_folder, split_of, stored_manifest, write_manifest
@@ -56,6 +56,8 @@ __all__ = ["BuildReport", "BuildSettings", "Guard", "build"]
 RECIPE = 3  # counted up when the same settings give other bytes
 Executor = Literal["local", "ray"]
 
+MANY_GONE = 10  # assets: so many, and more than half of all, are not dropped unasked
+
 
 @dataclass(frozen=True)
 class BuildReport:
@@ -67,9 +69,12 @@ class BuildReport:
     captions_from_names: int
     repeated_captions: int
     duplicates: int
+    recoloured: int
     warnings: int
     reasons: dict[str, int]
     made: int
+    copied: int
+    dropped: int
     kept_shards: int
     seconds: float
     workers: int | None = field(compare=False)
@@ -84,6 +89,9 @@ class BuildReport:
         if self.made and self.seconds > 0:
             each = f", {self.made / self.seconds / self.workers:.2f} a second and worker" if self.workers else ""
             lines[0] += f" in {self.seconds:.0f} s{each}"
+        if self.copied or self.dropped:
+            said = {"new or changed": self.made, "copied as they were": self.copied, "dropped, as gone": self.dropped}
+            lines.append(", ".join(f"{count} {what}" for what, count in said.items() if count))
         if self.kept_shards:
             lines.append(f"{self.kept_shards} shards were there already")
         if self.captions_from_names:
@@ -92,9 +100,10 @@ class BuildReport:
             )
         if self.repeated_captions:
             lines.append(f"{self.repeated_captions} captions have the same words as another, so tell nothing apart")
-        if self.duplicates:
-            are = "file is" if self.duplicates == 1 else "files are"
-            lines.append(f"{self.duplicates} {are} the same object as another: duplicates.jsonl says which")
+        if n := self.duplicates + self.recoloured:
+            are = "file is" if n == 1 else "files are"
+            colours = f", {self.recoloured} of them in other colours" if self.recoloured else ""
+            lines.append(f"{n} {are} the same object as another{colours}: duplicates.jsonl says which")
         if self.warnings:
             have = "file has" if self.warnings == 1 else "files have"
             lines.append(f"{self.warnings} {have} warnings: see 'warnings' in their json, or data report")
@@ -114,6 +123,7 @@ def build(
     licences: LicenceFilter | None = None,
     executor: Executor = "local",
     retry: bool = False,
+    prune: bool = False,
 ) -> BuildReport:
     """Make raw shards of all 3D files under a folder; run again, of those that are new or changed since.
 
@@ -130,6 +140,7 @@ def build(
         licences: files that it refuses are rejected, unread; all are taken by default.
         executor: this machine's processes, or a Ray cluster's.
         retry: files that were rejected before are tried again, changed or not.
+        prune: drop the samples of files that are gone even where those are most of all.
     Raises: UserError for a missing or empty folder, a wrong captions file, an output folder that holds something
         else, or when not one file could be used.
     """
@@ -155,7 +166,7 @@ def build(
         licences.check_given(text.licence for text in texts.values())
         context = Context(store, settings, guard, licences)
         with _alone(store):
-            report, first = _build(places, texts, context, workers, executor, retry)
+            report, first = _build(places, texts, context, workers, executor, retry, prune)
     if not report.samples:
         raise UserError(
             f"none of the {report.files} files in {without_secrets(str(folder))} could be used, the first, "
@@ -171,12 +182,18 @@ def _build(
     workers: int | None,
     executor: Executor,
     retry: bool,
+    prune: bool,
 ) -> tuple[BuildReport, dict[str, Any]]:
     """As `build`, of files that were found; with the first entry of rejected.jsonl."""
     store, ledger, identity = context.store, Ledger(context.store), _identity(context)
     begin_folder(store, format=RAW_FORMAT, settings=identity)
     was_complete = bool((stored_manifest(store) or {}).get("complete"))
     planned = plan(ledger, places, texts, context.settings.shard_size, fill=was_complete, retry=retry)
+    if MANY_GONE <= planned.gone > planned.samples / 2 and not prune:
+        raise UserError(
+            f"{planned.gone} of the {planned.samples} assets in {store.where()} are of files that are not there now: "
+            f"is it the right folder, and all of it there? If they are to be dropped, add --prune"
+        )
     if was_complete and (planned.tasks or planned.emptied):
         # Before a shard of it is replaced, so that a reader is told rather than given other bytes.
         write_manifest(store, format=RAW_FORMAT, settings=identity, shards=[], counts={}, complete=False)
@@ -187,7 +204,10 @@ def _build(
     if "duplicate" in context.settings.judge.reject:
         _make(_without_duplicates(ledger), places, context, workers, executor, "leaving out duplicates")
     seconds = time.monotonic() - started
-    return _summary(ledger, identity, len(planned.kept), sum(len(t.slots) for t in planned.tasks), seconds, workers)
+    report, first = _summary(ledger, identity)
+    slots = Counter(type(slot) for task in planned.tasks for slot in task.slots)
+    report = replace(report, made=slots[Make], copied=slots[Copy], dropped=planned.gone, kept_shards=len(planned.kept))
+    return replace(report, seconds=seconds, workers=workers), first
 
 
 def _refuse_unpacked(places: dict[str, Place], scratch: Path) -> None:
@@ -225,11 +245,11 @@ def _alone(store: Store) -> Iterator[None]:
 
 def _limited(places: dict[str, Place], limit: int, seed: int, ledger: Ledger) -> dict[str, Place]:
     """The files that were built before, and others up to the limit: the same ones whatever else there is."""
+    files = list(places)
     built = Hashes()
     for part in ledger.finished():
         for entry in part.entries:
             built.add(entry.file)
-    files = list(places)
     is_built = built.holds(files)
     room = max(0, limit - int(is_built.sum()))
     others = [file for file, there in zip(files, is_built) if not there]
@@ -343,9 +363,7 @@ def _rejection(entry: Entry) -> dict[str, Any]:
     return {"file": entry.file, "reason": entry.reason, "hint": entry.hint, **picture}
 
 
-def _summary(
-    ledger: Ledger, identity: dict[str, Any], kept: int, made: int, seconds: float, workers: int | None
-) -> tuple[BuildReport, dict[str, Any]]:
+def _summary(ledger: Ledger, identity: dict[str, Any]) -> tuple[BuildReport, dict[str, Any]]:
     """Write all that is put together from the parts, and last the manifest that makes the folder complete."""
     store, tally = ledger.store, _Tally()
     shards: list[ShardInfo] = []
@@ -381,12 +399,15 @@ def _summary(
         captions_from_names=tally.from_names,
         repeated_captions=tally.captions.repeated(),
         duplicates=sum(d.same == "shape and colours" for d in found),
+        recoloured=sum(d.same != "shape and colours" for d in found),
         warnings=tally.warnings,
         reasons=dict(tally.reasons.most_common()),
-        made=made,
-        kept_shards=kept,
-        seconds=seconds,
-        workers=workers,
+        made=0,
+        copied=0,
+        dropped=0,
+        kept_shards=0,
+        seconds=0.0,
+        workers=None,
     )
     counts = {"samples": report.samples, **report.splits, "rejected": report.rejected}
     extra = {"captions_from_names": report.captions_from_names}

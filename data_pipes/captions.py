@@ -8,6 +8,7 @@ import difflib
 import io
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -45,7 +46,8 @@ def read_captions(path: str | Path, known_files: Iterable[str]) -> dict[str, Ass
 
     CSV has the columns `file` (relative to the folder of 3D files), `caption` and any `caption_*`, and optionally
     category, licence, author and source. JSONL (by its suffix) has an object a line with the keys `file`, `captions`
-    (a list of texts) and those four. Others are passed over. Several rows of one file are several captions of it.
+    (a list of texts) and those four. Others are passed over. Several rows of one file are several captions of it. Rows
+    of files that are not there (any more) are passed over with a word on stderr, unless they are most of all.
 
     Args:
         known_files: the 3D files there are, relative, with "/" between folders.
@@ -56,10 +58,21 @@ def read_captions(path: str | Path, known_files: Iterable[str]) -> dict[str, Ass
     rows = _json_rows(path) if path.suffix.lower() in JSON_SUFFIXES else _csv_rows(path)
     known = set(known_files)
     gathered: dict[str, dict[str, list[str]]] = {}
-    for line, cell, said in rows:
-        fields = gathered.setdefault(_file(path, line, cell, known), {})
+    strange: list[tuple[int, str]] = []
+    n_rows = 0
+    for n_rows, (line, cell, said) in enumerate(rows, 1):  # noqa: B007
+        file = str(PurePosixPath(cell.strip().replace("\\", "/")))
+        if file not in known:
+            strange.append((line, file))
+            continue
+        fields = gathered.setdefault(file, {})
         for name, values in said.items():
             fields.setdefault(name, []).extend(filter(None, (" ".join(value.split()) for value in values)))
+    if strange:
+        said_of_them = _strangers(path, strange, known)
+        if 2 * len(strange) > n_rows:
+            raise UserError(said_of_them)
+        print(f"passed over: {said_of_them}", file=sys.stderr)
     return {file: _asset_text(path, file, fields) for file, fields in gathered.items()}
 
 
@@ -170,6 +183,8 @@ def _check_header(path: Path, header: list[str]) -> None:
     others = [n for n in header if n != "file" and not _is_caption(n) and n not in _OPTIONAL]
     has_caption = any(_is_caption(n) for n in header)
     missing = [name for name, there in (("file", "file" in header), ("caption", has_caption)) if not there]
+    if missing and len(header) == 1 and (apart := next((mark for mark in ";\t" if mark in header[0]), None)):
+        raise UserError(f"{path} has {apart!r} between its columns: save it again with commas")
     if missing:
         near = difflib.get_close_matches(missing[0], others, 1)
         meant = f"; is '{near[0]}' meant to be it?" if near else f": its first line must be {_FORM}"
@@ -184,13 +199,12 @@ def _is_caption(name: str) -> bool:
     return name == "caption" or name.startswith("caption_")
 
 
-def _file(path: Path, line: int, cell: str, known: set[str]) -> str:
-    file = str(PurePosixPath(cell.strip().replace("\\", "/")))
-    if file not in known:
-        near = difflib.get_close_matches(file, known, 1, 0.8)
-        meant = f"; the nearest is {near[0]!r}" if near else ""
-        raise UserError(f"{path}, line {line}: there is no 3D file {file!r} in the folder{meant}")
-    return file
+def _strangers(path: Path, strange: list[tuple[int, str]], known: set[str]) -> str:
+    line, file = strange[0]
+    near = difflib.get_close_matches(file, known, 1, 0.8)
+    meant = f"; the nearest is {near[0]!r}" if near else ""
+    more = f"; and {len(strange) - 1} more lines name what is not there" if len(strange) > 1 else ""
+    return f"{path}, line {line}: there is no 3D file {file!r} in the folder{meant}{more}"
 
 
 def _asset_text(path: Path, file: str, fields: dict[str, list[str]]) -> AssetText:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..errors import UserError
 from ..files import write_atomic
 from .loader import order
 from .raw_sample import decode_npz, decode_webp
@@ -157,6 +158,8 @@ def sheet_of_raw(
 
     Raises: UserError if the folder is no finished folder of raw shards or has no such split.
     """
+    if out_png is not None and Path(out_png).suffix.lower() != ".png":
+        raise UserError(f"the contact sheet must be named .png, got {out_png}")
     shards = open_shards(folder)
     chosen = shards.select(split)
     picks = [chosen[i] for i in sorted(order(len(chosen), 0, np.arange(min(n, len(chosen)))))]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -112,6 +114,7 @@ def _connected() -> Any:
     except ImportError:
         raise UserError("--executor ray needs Ray, which is not installed: pip install 'shapeloom[ray]'") from None
     if not ray.is_initialized():
+        _refuse_silence(os.environ.get("RAY_ADDRESS", ""))
         try:
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
@@ -120,6 +123,16 @@ def _connected() -> Any:
                 f"name one in RAY_ADDRESS, or use --executor local"
             ) from None
     return ray
+
+
+def _refuse_silence(address: str) -> None:
+    """Raises UserError where HOST:PORT does not answer: Ray itself would go on asking for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise UserError(f"RAY_ADDRESS is {address}, which does not answer ({error.strerror or error})") from None
 
 
 def _make_alone(task: ShardTask, places: dict[str, Place], context: Context) -> None:

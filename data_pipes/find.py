@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from ..errors import UserError
@@ -17,6 +17,11 @@ from .workers import Failed, isolated_map
 
 __all__ = ["Place", "find"]
 
+# What 3D programs write, and nothing here reads.
+UNREAD = (
+    *(".3ds", ".abc", ".blend", ".c4d", ".drc", ".fbx", ".iges", ".igs", ".lwo", ".ma", ".max", ".mb", ".skp"),
+    *(".step", ".stp", ".vox", ".wrl", ".x3d"),
+)
 UNPACK_CPU_S, UNPACK_WALL_S, UNPACK_BYTES = 3600, 36000.0, 2 << 30  # for one archive; it is written piece by piece
 
 
@@ -40,6 +45,9 @@ def find(
     where, stamps = _listed(folder, leave_out, scratch)
     nameless = [name for name in stamps if not _is_text(name)]
     places = {name: Place(where, name, stamp) for name, stamp in stamps.items() if name.lower().endswith(SUFFIXES)}
+    for name in (name for name in stamps if name.lower().endswith(UNREAD)):
+        refusal = Rejected(f"{PurePosixPath(name).suffix.lower()} files are not read", "export it as GLB")
+        places[name] = Place(where, name, stamps[name], refusal)
     packed = [
         Place(where, name, stamps[name])
         for name in sorted(stamps)
@@ -119,4 +127,4 @@ def _stamps(job: tuple[Place, LocalFolder | ZipFolder, ArchiveLimits]) -> dict[s
     except Rejected as rejected:
         return rejected
     found = {name: stamp for name, stamp in found.items() if name.lower().endswith(SUFFIXES) and _is_text(name)}
-    return found or Rejected("it holds no 3D files", "leave it out")
+    return found or Rejected("there is no file in it that can be read", "leave it out")

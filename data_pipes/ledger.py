@@ -181,11 +181,14 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class Plan:
-    """Shards to write, to keep (how many files each has, by number) and to remove."""
+    """Shards to write, to keep (how many files each has, by number) and to remove; of the samples that there were, the
+    number and how many are of files that are gone."""
 
     tasks: list[ShardTask]
     kept: dict[int, int]
     emptied: list[int]
+    samples: int = 0
+    gone: int = 0
 
 
 def plan(
@@ -214,16 +217,19 @@ def plan(
     new, uids, sound, copies = dict.fromkeys(places), Hashes(), Hashes(), []
     # Archives that cannot be opened now: what came from them stays.
     shut = tuple(f"{name}/" for name, place in places.items() if place.refused is not None)
+    samples = gone = 0
     for part in ledger.finished():
         slots: list[Make | Copy | Settle] = []
         for entry in part.entries:
             text = texts.get(entry.file, NO_TEXT)
+            samples += entry.sample
             if entry.file in new:
                 del new[entry.file]
                 slot = _slot(entry, places[entry.file], text, retry)
             elif entry.file.startswith(shut):
                 slot = Copy(entry, text) if entry.sample else Settle(entry)
-            else:  # gone
+            else:
+                gone += entry.sample
                 continue
             slots.append(slot)
             uids.add(entry.uid)
@@ -259,7 +265,8 @@ def plan(
     for start in range(0, len(fresh), shard_size):
         tasks[next(free)] = list(fresh[start : start + shard_size])
     emptied = [number for number in emptied if number not in tasks]
-    return Plan([ShardTask(number, tasks[number]) for number in sorted(tasks)], sizes, emptied)
+    ordered = [ShardTask(number, tasks[number]) for number in sorted(tasks)]
+    return Plan(ordered, sizes, emptied, samples, gone)
 
 
 def _as_they_are(ledger: Ledger, number: int) -> list[Make | Copy | Settle]:

@@ -72,6 +72,8 @@ def write_report(raw: str | Path, out: str | Path | None = None, *, count: int =
     """
     shards = open_shards(raw)
     out = Path(out if out is not None else "report.html" if is_remote(raw) else Path(raw) / "report.html")
+    if out.suffix.lower() not in (".html", ".htm") and not out.is_dir():
+        raise UserError(f"the page must be named .html, got {out}")
     if out.is_dir():
         raise UserError(f"{out} is a folder: give the name of the page, such as {out / 'report.html'}")
     rejections, doubles = read_rejections(shards), read_duplicates(shards)

@@ -235,7 +235,10 @@ def begin_folder(out: str | Path | Store, *, format: str, settings: dict[str, An
             )
         return
     if not store.is_new():
-        raise UserError(f"{store.where()} is not empty and has no {MANIFEST}: give another output folder")
+        lost = f"it was lost, put it back: {MANIFEST} tells with which settings the shards were made; else " * bool(
+            store.sizes("parts")
+        )
+        raise UserError(f"{store.where()} is not empty and has no {MANIFEST}: {lost}give another output folder")
     write_manifest(store, format=format, settings=settings, shards=[], counts={}, complete=False)
 
 

@@ -44,8 +44,7 @@ Result = TypeVar("Result")
 _PIECE = 1 << 20
 TIMEOUT_S = 60.0  # a connection that says nothing for so long is broken
 _PACKAGES = {
-    **dict.fromkeys(("s3", "s3a"), "s3fs"),
-    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("s3", "s3a", "gs", "gcs"), "'shapeloom[remote]'"),
     **dict.fromkeys(("az", "abfs", "abfss", "adl"), "adlfs"),
     **dict.fromkeys(("sftp", "ssh"), "paramiko"),
     **dict.fromkeys(("http", "https"), "aiohttp"),  # within a chain of fsspec's alone

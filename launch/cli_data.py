@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..errors import UserError
 from .options import CORES, Device, Overrides, Preset, Workers
 
 Raw = Annotated[str, typer.Argument(metavar="RAW", help="A folder of raw shards, or a URL (s3://, https://, pipe:).")]
@@ -79,8 +80,12 @@ def build(
         Literal["local", "ray"], typer.Option(help="This machine's processes, or a Ray cluster (RAY_ADDRESS).")
     ] = "local",
     retry: Annotated[bool, typer.Option("--retry-rejected", help="Try rejected files again, changed or not.")] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Drop assets whose file is gone, even where those are most of all.")
+    ] = False,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use only so many files.", show_default="all of them")
+        int | None,
+        typer.Option(min=1, help="Use only so many files; those built before count.", show_default="all of them"),
     ] = None,
     preset: Preset = None,
     overrides: Overrides = None,
@@ -93,12 +98,23 @@ def build(
     from ..data_pipes.build import build as build_shards
     from ..data_pipes.licences import LicenceFilter
 
+    if out.startswith("memory://"):
+        raise UserError("what is written to memory:// is gone when this command ends: give --out a folder or a URL")
     settings = load_config(BuildSettings, preset, "build", overrides=overrides or [])
     licences = LicenceFilter.parse(licence or [])
     workers = workers or (CORES if executor == "local" else None)
     print(
         build_shards(
-            folder, out, captions, settings, workers, limit=limit, licences=licences, executor=executor, retry=retry
+            folder,
+            out,
+            captions,
+            settings,
+            workers,
+            limit=limit,
+            licences=licences,
+            executor=executor,
+            retry=retry,
+            prune=prune,
         )
     )
 

@@ -161,7 +161,7 @@ def ls(
 def reconstruction(
     out: Annotated[Path, typer.Option(help="Where results.json and the pictures go.")],
     autoencoder: Annotated[Path | None, typer.Argument(metavar="[AUTOENCODER]", help="An autoencoder folder.")] = None,
-    data: Annotated[Path | None, typer.Option(help="With AUTOENCODER: a folder of raw shards.")] = None,
+    data: Annotated[str | None, typer.Option(help="With AUTOENCODER: a folder of raw shards, or a URL.")] = None,
     split: Annotated[
         str | None, typer.Option(help="With AUTOENCODER: which split.", show_default="all that were held out")
     ] = None,

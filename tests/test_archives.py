@@ -170,7 +170,7 @@ def test_a_build_takes_what_archives_hold_and_sets_bad_ones_aside(tmp_path: Path
     lines = (tmp_path / "raw" / "rejected.jsonl").read_text().splitlines()
     rejected = {entry["file"]: entry["reason"] for entry in map(json.loads, lines)}
     assert report.samples == 3 and set(rejected) == {"bad.zip", "sub/more.zip/cut.glb", "words.zip"}
-    assert "cannot be unpacked" in rejected["bad.zip"] and "no 3D files" in rejected["words.zip"]
+    assert "cannot be unpacked" in rejected["bad.zip"] and "no file in it that can be read" in rejected["words.zip"]
     assert len(lines) == 3
     parts = [json.loads(path.read_text()) for path in (tmp_path / "raw" / "parts").iterdir()]
     uids = {row["file"]: row["uid"] for part in parts for row in part["entries"] if row.get("sample")}

@@ -340,3 +340,15 @@ def test_data_build_without_blender_says_so_before_it_starts(tmp_path: Path, mon
     with pytest.raises(UserError, match="no program"):
         build(a_box(tmp_path), tmp_path / "raw", settings=BuildSettings(renderer="blender"))
     assert not (tmp_path / "raw").exists()
+
+
+def test_what_blender_failed_at_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been this machine's Blender, not the file."""
+    settings = BuildSettings(n_surface=64, n_near=16, n_uniform=16, n_views=1, image_size=32, renderer="blender")
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("SHAPELOOM_BLENDER", fake(tmp_path / "bin", f"echo x >> {tmp_path}/starts; exit 3"))
+    folder = a_box(tmp_path)
+    for starts in (1, 2):
+        with pytest.raises(UserError, match="none of the 1 files .*blender ended with exit code 3"):
+            build(folder, tmp_path / "raw", settings=settings)
+        assert len((tmp_path / "starts").read_text().split()) == starts

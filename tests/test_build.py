@@ -151,7 +151,7 @@ def test_a_wrong_folder_is_named(folder: Path, tmp_path: Path, make, message: st
         ("file,captoin\na_box.glb,x\n", "no column 'caption'.*is 'captoin' meant"),
         ("path,caption\na_box.glb,x\n", "no column 'file' .it has path, caption"),
         ("file,caption,lisence\na_box.glb,x,y\n", "rename it to 'li[cs]en[cs]e'"),
-        ("file,caption\na_box.glb,x\na_bx.glb,y\n", "line 3: there is no 3D file 'a_bx.glb'.*nearest is 'a_box.glb'"),
+        ("file,caption\na_bx.glb,y\n", "line 2: there is no 3D file 'a_bx.glb'.*nearest is 'a_box.glb'"),
         ("file,caption\na_box.glb,x,y\n", "line 2: 3 values for 2 columns"),
         ('file,caption\na_box.glb,"x\n', "not valid CSV"),
     ],
@@ -171,7 +171,7 @@ def test_other_wrong_captions_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="UTF-8"):
         read_captions(tmp_path / "a.csv", ["a.glb"])
     (tmp_path / "a.csv").write_bytes("\ufefffile;caption\na.glb;x\n".encode())
-    with pytest.raises(UserError, match="no column 'file'"):
+    with pytest.raises(UserError, match="has ';' between its columns: save it again with commas"):
         read_captions(tmp_path / "a.csv", ["a.glb"])
 
 

@@ -125,6 +125,15 @@ def test_verify_finds_what_is_wrong_where_it_lies(raw: Path, url: str, tmp_path:
     assert there[1:] == here[1:], "the shard that is there has the same faults"
 
 
+@pytest.mark.parametrize("look", [write_report, sheet_of_raw])
+def test_a_page_or_sheet_never_takes_another_file_s_place(raw: Path, tmp_path: Path, look: Callable) -> None:
+    copy = shutil.copytree(raw, tmp_path / "raw")
+    before = (copy / "shard-00000.tar").read_bytes()
+    with pytest.raises(UserError, match="must be named"):
+        look(copy, copy / "shard-00000.tar")
+    assert (copy / "shard-00000.tar").read_bytes() == before
+
+
 @pytest.mark.parametrize("look", [write_report, sheet_of_raw, verify])
 def test_what_is_not_there_is_told_in_a_sentence(look: Callable[[str], object]) -> None:
     for url in ("memory://nowhere/raw", "http://127.0.0.1:9/raw", "pipe:cat /nowhere/{name}"):

@@ -156,7 +156,7 @@ def test_stores_agree(tmp_path: Path) -> None:
 def test_wrong_urls_are_told_in_a_sentence() -> None:
     with pytest.raises(UserError, match="of a kind that is not known"):
         store_at("nosuch://bucket/raw")
-    with pytest.raises(UserError, match="pip install s3fs"):
+    with pytest.raises(UserError, match="pip install .shapeloom.remote"):
         store_at("s3://bucket/raw")
 
 
@@ -205,3 +205,11 @@ def test_what_cannot_be_read_now_is_not_taken_for_gone(
         build(models, store.url, None, settings)
     monkeypatch.undo()
     assert {name: store.read(name) for name in store.sizes()} == there
+
+
+def test_a_ray_address_that_does_not_answer_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    trimesh.creation.box().export(tmp_path / "a.ply")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(UserError, match=r"RAY_ADDRESS is 127\.0\.0\.1:9, which does not answer"):
+        build(tmp_path, tmp_path / "raw", executor="ray")

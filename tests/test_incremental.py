@@ -356,3 +356,55 @@ def test_a_task_that_is_done_again_finds_its_shard(folder: Path, tmp_path: Path,
     assert made == []
     executors._make_alone(ShardTask(1, slots[:1]), places, context)
     assert made == [slots[0].file]
+
+
+def test_another_folder_does_not_empty_a_dataset_unasked(folder: Path, tmp_path: Path, made: list[str]) -> None:
+    for i in range(5, 12):
+        write_box(folder / f"box{i}.ply", i)
+    (tmp_path / "other").mkdir()
+    write_box(tmp_path / "other" / "lamp.ply", 3)
+    out = tmp_path / "raw"
+    build(folder, out, settings=SMALL)
+    before = samples(out)
+    with pytest.raises(UserError, match=r"12 of the 12 assets in .*raw are of files that are not there now.*--prune"):
+        build(tmp_path / "other", out, settings=SMALL)
+    assert samples(out) == before
+    report = build(tmp_path / "other", out, settings=SMALL, prune=True)
+    assert report.dropped == 12 and report.made == 1 and "1 new or changed, 12 dropped, as gone" in str(report)
+    assert list(samples(out)) == ["lamp"]
+
+
+def test_what_was_done_is_told_apart(folder: Path, tmp_path: Path, made: list[str]) -> None:
+    out = tmp_path / "raw"
+    build(folder, out, settings=SMALL)
+    write_box(folder / "box0.ply", 7)
+    (folder / "box4.ply").unlink()
+    report = build(folder, out, settings=SMALL)
+    assert (report.made, report.copied, report.dropped) == (1, 1, 1)
+    assert "1 new or changed, 1 copied as they were, 1 dropped, as gone" in str(report)
+
+
+def test_words_about_a_file_that_is_gone_stop_nothing(
+    folder: Path, tmp_path: Path, made: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions, out = tmp_path / "captions.csv", tmp_path / "raw"
+    captions.write_text("file,caption\nbox0.ply,a box\nbox1.ply,another\n")
+    build(folder, out, captions, settings=SMALL)
+    (folder / "box1.ply").unlink()
+    for dropped in (1, 0):
+        assert build(folder, out, captions, settings=SMALL).dropped == dropped
+        said = capsys.readouterr().err
+        assert "passed over: " in said and "captions.csv, line 3: there is no 3D file 'box1.ply'" in said
+    captions.write_text("file,caption\nbox0.ply,a box\nbox9.ply,none\nbox1.ply,gone\nbox8.ply,none\n")
+    with pytest.raises(UserError, match=r"line 3: there is no 3D file 'box9.ply'.*and 2 more lines name what is not"):
+        build(folder, out, captions, settings=SMALL)
+
+
+def test_files_of_formats_that_are_not_read_are_listed(folder: Path, tmp_path: Path, made: list[str]) -> None:
+    (folder / "old").mkdir()
+    (folder / "old" / "Chair.FBX").write_bytes(b"Kaydara FBX Binary")
+    report = build(folder, tmp_path / "raw", settings=SMALL)
+    assert report.samples == 5 and report.rejected == 1
+    (entry,) = map(json.loads, (tmp_path / "raw" / "rejected.jsonl").read_text().splitlines())
+    assert entry["file"] == "old/Chair.FBX" and entry["reason"] == ".fbx files are not read"
+    assert entry["hint"] == "export it as GLB"

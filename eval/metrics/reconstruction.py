@@ -25,6 +25,7 @@ from rich.table import Table
 
 from ...data_pipes.contact_sheet import write_png
 from ...data_pipes.raw_sample import decode_field, decode_webp
+from ...data_pipes.remote_shards import open_shards
 from ...data_pipes.render import composite, render
 from ...data_pipes.shard_folder import ShardFolder
 from ...data_pipes.workers import Failed
@@ -81,7 +82,7 @@ def run(
 
     Args:
         autoencoder: an autoencoder folder or a pipeline folder.
-        data: a folder of raw shards.
+        data: a folder of raw shards, or a URL.
         split: of the data; None takes every test split.
         count: at most so many assets, spread evenly over the split.
         resolution: mesh cells along each axis.
@@ -91,7 +92,7 @@ def run(
     began = time.perf_counter()
     if count is not None and count < 1:
         raise UserError(f"count must be at least 1, got {count}")
-    folder = ShardFolder(data)
+    folder = open_shards(data)
     indices = _held_out(folder, split, count)
     model = _open(autoencoder)
     model = model.to(device) if device else model
