@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+ASIDE = ".partial-"  # names of half-written things contain this; they may be deleted at any time
+
 
 class UserError(ValueError):
     """A mistake the user can put right.
@@ -53,8 +55,6 @@ def sentence_of(error: Exception, arguments: list[str]) -> str | None:
         return str(error)
     if not isinstance(error, OSError):
         return None
-    from .files import ASIDE  # here, for it needs this file
-
     path = error.filename.partition(ASIDE)[0] if isinstance(error.filename, str) else ""
     at = f" ({path})" if path else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

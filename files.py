@@ -12,9 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-
-ASIDE = ".partial-"  # names of half-written things contain this; they may be deleted at any time
+from .errors import ASIDE, UserError
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:

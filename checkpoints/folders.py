@@ -35,6 +35,10 @@ def load_model_folder(cls: type[Model], folder: str | Path) -> Model:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a {what} folder: it has no config.json")
     class_name = class_of(folder)
+    if class_name is None:
+        inner = folder / what
+        meant = f": did you mean {inner}?" if (inner / "config.json").is_file() else ""
+        raise UserError(f"{folder} is not a {what} folder, its config.json names no model{meant}")
     if class_name != cls.__name__:
         raise UserError(f"{folder} holds a {class_name}, not a {cls.__name__}")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -200,6 +201,8 @@ def caption(
     device: Device = None,
 ) -> None:
     """Caption rendered views by a model, for data build --captions. Goes on where an unfinished OUT was."""
+    if not allow_download:  # before what reads it is imported: else it asks the hub all the same
+        os.environ["HF_HUB_OFFLINE"] = "1"
     from ..data_pipes.captioning import CaptionSettings
     from ..data_pipes.captioning import caption as caption_assets
 

@@ -63,9 +63,25 @@ def test_captions_with_a_wrong_column(call, meshes, tmp_path):
 
 
 def test_captions_of_an_unknown_file(call, meshes, tmp_path):
-    (tmp_path / "c.csv").write_text("file,caption\nshape_0.glb,a box\nshape_9.glb,nothing\n")
+    (tmp_path / "c.csv").write_text("file,caption\nshape_9.glb,nothing\n")
     done = call("data", "build", meshes, "--captions", tmp_path / "c.csv", "--out", tmp_path / "raw")
     refused(done, "c.csv", "shape_9.glb")
+
+
+def test_a_run_does_not_write_among_shards(call, raw):
+    before = sorted(path.name for path in raw.iterdir())
+    refused(call("train", "autoencoder", "--preset", "tiny", "--data", raw, "--out", raw), "holds shards, not a run")
+    assert sorted(path.name for path in raw.iterdir()) == before
+
+
+def test_a_run_folder_in_the_model_s_place_names_the_model(call, raw, tmp_path):
+    (tmp_path / "run" / "autoencoder").mkdir(parents=True)
+    for folder in (tmp_path / "run", tmp_path / "run" / "autoencoder"):
+        (folder / "config.json").write_text("{}")
+    done = call(
+        "eval", "reconstruction", tmp_path / "run", "--data", raw, "--split", "train", "--out", tmp_path / "out"
+    )
+    refused(done, "did you mean", "run/autoencoder")
 
 
 def test_a_broken_glb_is_quarantined_and_the_rest_built(call, meshes, tmp_path):

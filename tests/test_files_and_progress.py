@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from shapeloom import files
-from shapeloom.errors import UserError, sentence_of
+from shapeloom.errors import ASIDE, UserError, sentence_of
 from shapeloom.progress import Bar, format_seconds, track
 
 
@@ -133,3 +133,13 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_a_path_that_cannot_be_written_is_told_as_the_user_named_it() -> None:
+    exists = FileExistsError(errno.EEXIST, "File exists", "setup.log")
+    assert sentence_of(exists, ["data", "show", "raw", "--out", "setup.log/q.png"]) == "setup.log: File exists"
+    aside = FileNotFoundError(errno.ENOENT, "No such file or directory", f"/proc/q.png{ASIDE}h5f")
+    assert (
+        sentence_of(aside, ["data", "show", "raw", "--out", "/proc/q.png"]) == "/proc/q.png: No such file or directory"
+    )
+    assert sentence_of(FileNotFoundError(errno.ENOENT, "No such file", "elsewhere"), ["raw"]) is None

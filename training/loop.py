@@ -20,6 +20,7 @@ from torch import distributed, nn
 
 from ..checkpoints.state import Entry, Progress, StateReader, StateWriter, find_state
 from ..data_pipes.loader import Batches
+from ..data_pipes.shards import MANIFEST
 from ..errors import UserError
 from .config import RunConfig, lr_at
 from .ema import Ema, skeleton
@@ -81,6 +82,8 @@ def fit(run: RunConfig, stage: Stage, *, resume: str = "auto") -> None:
     kept.
     """
     out = Path(run.out)
+    if (out / MANIFEST).is_file():
+        raise UserError(f"{out} holds shards, not a run: give another folder as --out")
     check_trackers(run)
     accelerator = launch(run, shardable=stage.shardable)
     torch.manual_seed(run.seed)
