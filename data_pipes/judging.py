@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
@@ -64,6 +64,14 @@ class JudgeSettings(BaseModel):
     texture_side: int = Field(default=4096, ge=1, description="texture: longest side of a texture, in pixels")
     texture_pixels: int = Field(default=1 << 25, ge=1, description="texture: pixels of all its textures together")
     reject: tuple[Kind, ...] = Field(default=(), description=f"kinds that reject a file: {', '.join(KINDS)}")
+
+    @field_validator("reject", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        """A kind alone, and nothing, are what a command line easily says."""
+        if value is None or isinstance(value, str):
+            return (value,) if value else ()
+        return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,12 @@ from ..errors import UserError
 from ..files import ASIDE
 from .index import INDEX
 from .sample_bytes import ByteSource, Damaged
-from .shard_folder import ShardFolder
+from .shard_folder import ShardFolder, lacks
 from .shards import MANIFEST, RAW_FORMAT, index_name
 from .store import LocalStore
 from .urls import HttpFolder, as_user_errors, is_http, is_url, open_filesystem, pieces, retried, without_secrets
 
-__all__ = ["RemoteShards", "RemoteSource", "is_remote", "lacks", "open_shards", "source_at"]
+__all__ = ["RemoteShards", "RemoteSource", "is_remote", "open_shards", "source_at"]
 
 _NAME = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9._-]*/)*[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _PIPE = "pipe:"
@@ -189,10 +189,6 @@ class RemoteShards(ShardFolder):
         if not path.is_file():
             raise lacks(self._source.where(), name)
         return path
-
-
-def lacks(folder: str, name: str) -> UserError:
-    return UserError(f"{folder} has no {name}: is it a folder of shards, and all of it copied?")
 
 
 def _refuse_odd(name: str) -> None:

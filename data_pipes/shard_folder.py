@@ -20,7 +20,11 @@ from .sample_bytes import ByteSource, Damaged, cut_members, read_crc32
 from .shards import MANIFEST, RAW_FORMAT, index_path, join_indices
 from .store import LocalStore
 
-__all__ = ["ShardFolder"]
+__all__ = ["ShardFolder", "lacks"]
+
+
+def lacks(folder: object, name: str) -> UserError:
+    return UserError(f"{folder} has no {name}: is it a folder of shards (data build makes them), and all of it copied?")
 
 
 class ShardFolder:
@@ -194,6 +198,8 @@ class ShardFolder:
     def _read_manifest(self, format: str) -> dict[str, Any]:
         if not self._here.is_dir():
             raise UserError(f"{self.folder} is not a folder of shards: it does not exist or is a file")
+        if not (self._here / MANIFEST).exists():
+            raise lacks(self.folder, MANIFEST)
         path = f"{self.folder}/{MANIFEST}"
         manifest = read_json(self._here / MANIFEST, "the manifest", shown=path)
         if not isinstance(manifest, dict) or manifest.get("format") != format:

@@ -326,8 +326,9 @@ def _decode(suffix: str, data: bytes, what: str) -> Any:
     if suffix in known:
         return known[suffix](data, what)
     if suffix == "cameras.json":
+        fields = decode_json(data, what)
         try:
-            return Cameras.from_json(decode_json(data, what))
+            return Cameras.from_json(fields)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{what} holds no cameras ({error}): delete its shard and build it again") from None
     if suffix.endswith(".webp"):

@@ -249,3 +249,8 @@ def test_winding_of_real_files(assets_dir: Path, file: str, low: float, high: fl
     m = measure(mesh, Solid(mesh, 4096), back, None)
     assert low <= m.flipped_share <= high
     assert ("scale" in findings(m, JudgeSettings())) == ("tiny" in file)
+
+
+@pytest.mark.parametrize(("said", "kinds"), [("floor", ("floor",)), ("", ()), ("[floor,open]", ("floor", "open"))])
+def test_what_rejects_is_one_kind_or_several_on_the_command_line(said: str, kinds: tuple[str, ...]) -> None:
+    assert load_config(BuildSettings, None, "build", overrides=[f"judge.reject={said}"]).judge.reject == kinds

@@ -262,7 +262,7 @@ def test_wrong_folders_are_refused(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UserError, match="not a folder of shards"):
         ShardFolder(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"manifest\.json does not exist"):
+    with pytest.raises(UserError, match=r"empty has no manifest\.json: is it a folder of shards"):
         ShardFolder(tmp_path / "empty")
     with pytest.raises(UserError, match="'format' must be 'shapeloom-latent/1', got 'shapeloom-raw/1'"):
         ShardFolder(folder, format="shapeloom-latent/1")
