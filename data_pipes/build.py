@@ -43,7 +43,7 @@ from .duplicates import SIGNATURE_SIZE, find_duplicates
 from .executors import Context, Guard, make_all, make_all_on_ray
 from .find import Place, find
 from .hashes import Hashes
-from .ledger import Copy, Entry, Ledger, Make, Settle, ShardTask, plan
+from .ledger import Copy, Entry, Ledger, Make, Plan, Settle, ShardTask, plan
 from .licences import LicenceFilter
 from .places import LocalFolder
 from .shards import RAW_FORMAT, ShardInfo, begin_folder, split_of, stored_manifest, write_manifest
@@ -204,10 +204,7 @@ def _build(
     if "duplicate" in context.settings.judge.reject:
         _make(_without_duplicates(ledger), places, context, workers, executor, "leaving out duplicates")
     seconds = time.monotonic() - started
-    report, first = _summary(ledger, identity)
-    slots = Counter(type(slot) for task in planned.tasks for slot in task.slots)
-    report = replace(report, made=slots[Make], copied=slots[Copy], dropped=planned.gone, kept_shards=len(planned.kept))
-    return replace(report, seconds=seconds, workers=workers), first
+    return _summary(ledger, identity, planned, seconds, workers)
 
 
 def _refuse_unpacked(places: dict[str, Place], scratch: Path) -> None:
@@ -363,7 +360,9 @@ def _rejection(entry: Entry) -> dict[str, Any]:
     return {"file": entry.file, "reason": entry.reason, "hint": entry.hint, **picture}
 
 
-def _summary(ledger: Ledger, identity: dict[str, Any]) -> tuple[BuildReport, dict[str, Any]]:
+def _summary(
+    ledger: Ledger, identity: dict[str, Any], planned: Plan, seconds: float, workers: int | None
+) -> tuple[BuildReport, dict[str, Any]]:
     """Write all that is put together from the parts, and last the manifest that makes the folder complete."""
     store, tally = ledger.store, _Tally()
     shards: list[ShardInfo] = []
@@ -390,6 +389,7 @@ def _summary(ledger: Ledger, identity: dict[str, Any]) -> tuple[BuildReport, dic
         if f"rejected/{name}" not in pictures:
             store.delete(f"rejected/{name}")
     found = _duplicates(ledger)
+    slots = Counter(type(slot) for task in planned.tasks for slot in task.slots)
     with _text_file(store, "duplicates.jsonl") as file:
         file.writelines(json.dumps(asdict(again), ensure_ascii=False) + "\n" for again in found)
     report = BuildReport(
@@ -402,12 +402,12 @@ def _summary(ledger: Ledger, identity: dict[str, Any]) -> tuple[BuildReport, dic
         recoloured=sum(d.same != "shape and colours" for d in found),
         warnings=tally.warnings,
         reasons=dict(tally.reasons.most_common()),
-        made=0,
-        copied=0,
-        dropped=0,
-        kept_shards=0,
-        seconds=0.0,
-        workers=None,
+        made=slots[Make],
+        copied=slots[Copy],
+        dropped=planned.gone,
+        kept_shards=len(planned.kept),
+        seconds=seconds,
+        workers=workers,
     )
     counts = {"samples": report.samples, **report.splits, "rejected": report.rejected}
     extra = {"captions_from_names": report.captions_from_names}
