@@ -60,7 +60,8 @@ def read_captions(path: str | Path, known_files: Iterable[str]) -> dict[str, Ass
     gathered: dict[str, dict[str, list[str]]] = {}
     strange: list[tuple[int, str]] = []
     n_rows = 0
-    for n_rows, (line, cell, said) in enumerate(rows, 1):  # noqa: B007
+    for line, cell, said in rows:
+        n_rows += 1
         file = str(PurePosixPath(cell.strip().replace("\\", "/")))
         if file not in known:
             strange.append((line, file))

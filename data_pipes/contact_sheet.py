@@ -155,7 +155,6 @@ def sheet_of_raw(
 
     Args:
         out_png: contact_sheet.png in `folder` by default, of a URL in the working folder.
-
     Raises: UserError if the folder is no finished folder of raw shards or has no such split.
     """
     if out_png is not None and Path(out_png).suffix.lower() != ".png":

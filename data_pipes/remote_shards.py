@@ -102,7 +102,6 @@ class RemoteSource:
 
     def fetch(self, name: str, path: Path, *, retry: bool = True) -> None:
         """Copy a file to `path`. Raises as `open`."""
-
         _refuse_odd(name)
         path.parent.mkdir(parents=True, exist_ok=True)
 

@@ -135,12 +135,8 @@ class Solid:
         middle_F3 = np.full((len(missed_F), 3), 1 / 3, np.float32)
         face_N = np.concatenate([face_D, missed_F])
         looks = self._look_at(face_N, np.concatenate([barycentric_D3, middle_F3]))
-        front_D, back_D, shown_N, sheet_N = (
-            looks.front_N[:n_dense],
-            looks.back_N[:n_dense],
-            looks.shown_N,
-            looks.sheet_N,
-        )
+        front_D, back_D = looks.front_N[:n_dense], looks.back_N[:n_dense]
+        shown_N, sheet_N = looks.shown_N, looks.sheet_N
         self.hidden_share = float(np.mean(~front_D & ~back_D))
         self.sheet_share = float(np.mean(front_D & back_D))
         if not shown_N[:n_dense].any():  # all glass, or a shape that the rules above do not fit

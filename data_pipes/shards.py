@@ -235,9 +235,8 @@ def begin_folder(out: str | Path | Store, *, format: str, settings: dict[str, An
             )
         return
     if not store.is_new():
-        lost = f"it was lost, put it back: {MANIFEST} tells with which settings the shards were made; else " * bool(
-            store.sizes("parts")
-        )
+        built = bool(store.sizes("parts"))
+        lost = "put it back, for it tells with which settings the shards were made, or " if built else ""
         raise UserError(f"{store.where()} is not empty and has no {MANIFEST}: {lost}give another output folder")
     write_manifest(store, format=format, settings=settings, shards=[], counts={}, complete=False)
 

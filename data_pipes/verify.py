@@ -27,6 +27,7 @@ from ..progress import Bar
 from .index import INDEX, Index
 from .raw_sample import ARRAY_ERRORS, decode_depth, decode_field, decode_json, decode_npz, decode_surface, decode_webp
 from .remote_shards import RemoteSource, source_at
+from .shard_folder import lacks
 from .shards import LATENT_FORMAT, MANIFEST, RAW_FORMAT, SPLITS, crc32, index_name
 from .store import LocalStore
 from .urls import is_full_disk
@@ -113,7 +114,7 @@ def _here(source: RemoteSource | LocalStore, name: str, stack: contextlib.ExitSt
     """
     try:
         return stack.enter_context(source.local(name))
-    except (FileNotFoundError, PermissionError):  # the latter of what may be read but not listed
+    except FileNotFoundError:
         return Path(source.where(name))
     except OSError as error:
         if is_full_disk(error):
@@ -136,9 +137,7 @@ def _manifest(source: RemoteSource | LocalStore) -> dict[str, Any]:
         with source.local(MANIFEST) as path:
             manifest = read_json(path, "the manifest", shown=source.where(MANIFEST))
     except FileNotFoundError:
-        raise UserError(
-            f"{source.where()} has no {MANIFEST}: is it a folder of shards, and all of it copied?"
-        ) from None
+        raise lacks(source.where(), MANIFEST) from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     where = source.where(MANIFEST)
     if found not in (RAW_FORMAT, LATENT_FORMAT):
