@@ -107,6 +107,8 @@ def fit(run: RunConfig, stage: Stage, *, resume: str = "auto") -> None:
         if accelerator.is_main_process:
             publish(stage, module, out)
         accelerator.wait_for_everyone()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()  # gloo's threads, left to the end of the process, may abort it
 
 
 def train(run: RunConfig, stage: Stage, parallel: Parallel, ema: Ema, progress: Progress) -> None:
